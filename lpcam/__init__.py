@@ -1,0 +1,1 @@
+"""LPCAM: class activation maps from non-discriminative features as well."""

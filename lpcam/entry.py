@@ -1,0 +1,114 @@
+"""What the command-line programs share: one-line errors, and objects from configs.
+
+Imports nothing heavy, so that ``--help`` and a mistyped override answer at once.
+"""
+
+import logging
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lpcam.errors import InputError
+
+ALLOWED_MODULES = ("lpcam", "pytorch_lightning")
+
+
+def run(main: Callable[[], Any], project_root: Path) -> None:
+    """Run a Hydra program; a mistake of the user's ends it with one line and status 1.
+
+    Set ``HYDRA_FULL_ERROR=1`` to see the traceback instead.
+
+    Args:
+        main: The function that ``hydra.main`` decorated.
+        project_root: The folder that holds ``experiments``.
+    """
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself
+    OmegaConf.register_new_resolver("project_root", lambda: str(project_root), replace=True)
+    logging.captureWarnings(True)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # Advice of Lightning's that is meant for training on pictures, not for a head on features.
+    advice = "does not have many workers|number of training batches|infer the batch indices"
+    warnings.filterwarnings("ignore", f".*({advice}).*")
+    try:
+        main()
+    except (InputError, HydraException, OmegaConfBaseException) as error:
+        if show_traceback:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def command_line(program: str, groups: Sequence[str] | None = None) -> str:
+    """The command that runs a program with this job's overrides.
+
+    Args:
+        program: ``train`` or ``infer``.
+        groups: Only overrides of these config groups and values.
+    """
+    overrides = [
+        override
+        for override in HydraConfig.get().overrides.task
+        if groups is None or re.split(r"[.=@]", override.lstrip("+~"))[0] in groups
+    ]
+    return shlex.join(["python", f"{program}.py", *overrides])
+
+
+def _one_line(error: BaseException) -> str:
+    """The cause of an error in one line; Hydra's own say little without what caused them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        lines = [*lines[:1], *str(error.__cause__).splitlines()[:1]]
+    return " ".join(lines[:2])
+
+
+def build(node: DictConfig, **kwargs: Any) -> Any:
+    """Instantiate the object that a config node describes by ``_target_``.
+
+    Args:
+        node: The node.
+        **kwargs: Further arguments.
+
+    Raises:
+        InputError: Its target lies outside the allowed modules; it is not called.
+    """
+    plain = OmegaConf.to_container(node, resolve=True)
+    _check_targets(plain)
+    return instantiate(plain, _convert_="all", **kwargs)
+
+
+def _check_targets(value: Any) -> None:
+    if isinstance(value, list):
+        for item in value:
+            _check_targets(item)
+    if not isinstance(value, Mapping):
+        return
+    for item in value.values():
+        _check_targets(item)
+    target = value.get("_target_")
+    if target is None:
+        return
+    allowed = str(target).split(".")[0] in ALLOWED_MODULES
+    if allowed:
+        try:
+            # A module of ours that imports os would make os reachable under our name.
+            origin = str(get_object(target).__module__).split(".")[0]
+            allowed = origin in ALLOWED_MODULES
+        except Exception as error:
+            raise InputError(f"_target_={target}: no such class; correct the name") from error
+    if not allowed:
+        raise InputError(
+            f"_target_={target}: refused, only classes of {' and '.join(ALLOWED_MODULES)} are "
+            "called; correct the config"
+        )

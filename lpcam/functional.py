@@ -1,0 +1,100 @@
+"""The equations of LPCAM as pure tensor functions.
+
+Symbols follow the paper (Chen and Sun, "Extracting Class Activation Maps from Non-Discriminative
+Features as well", CVPR 2023): ``f(x)`` are the local features of a picture, ``w`` the weights of
+the linear classifier on their mean. B pictures, C classes, D channels, a grid of h x w positions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def class_activation_map(features: Tensor, weight: Tensor) -> Tensor:
+    """Plain CAM, ``ReLU(w . f)``: Eq. 1 before its division by the maximum.
+
+    Args:
+        features: Local features ``(B, D, h, w)``.
+        weight: Class weights ``(C, D)``.
+
+    Returns:
+        Maps ``(B, C, h, w)``, not normalised.
+    """
+    return F.conv2d(features, weight[:, :, None, None]).relu()
+
+
+def prototype_directions(
+    class_prototypes: Sequence[Tensor], context_prototypes: Sequence[Tensor]
+) -> Tensor:
+    """Collapse all prototypes of a class into the one vector that scores it.
+
+    The mean over prototypes of a cosine similarity (Eq. 4 and 5) is linear in the unit prototypes,
+    so foreground minus context (Eq. 6) is a single dot product of the unit feature with
+    ``d_c = mean_j p_j / |p_j| - mean_m b_m / |b_m|``. This is exact, not an approximation.
+
+    Args:
+        class_prototypes: For each of C classes its prototypes ``(P_c, D)``.
+        context_prototypes: For each class its context prototypes ``(Q_c, D)``. A side without
+            prototypes (``P_c`` or ``Q_c`` is 0) contributes nothing.
+
+    Returns:
+        Directions ``(C, D)``.
+    """
+    return torch.stack(
+        [
+            _mean_unit(own) - _mean_unit(context)
+            for own, context in zip(class_prototypes, context_prototypes, strict=True)
+        ]
+    )
+
+
+def _mean_unit(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors, dim=1).sum(0) / max(len(vectors), 1)
+
+
+def local_prototype_map(features: Tensor, directions: Tensor) -> Tensor:
+    """Signed LPCAM ``A_c``: mean cosine to the class prototypes minus that to the context (Eq. 6).
+
+    Args:
+        features: Local features ``(B, D, h, w)``. A zero feature scores 0.
+        directions: One vector a class ``(C, D)``, see :func:`prototype_directions`.
+
+    Returns:
+        Maps ``(B, C, h, w)`` in -2..2.
+    """
+    # Dividing C maps by the norm is cheaper than dividing D channels, and the same.
+    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp_min(1e-12)
+    return F.conv2d(features, directions[:, :, None, None]) / norm
+
+
+def normalize_maps(maps: Tensor, eps: float = 1e-5) -> Tensor:
+    """ReLU, then divide each map by its own maximum (the division of Eq. 1 and 6).
+
+    Args:
+        maps: Maps ``(..., h, w)``.
+        eps: Added to the maximum, so that an all-zero map stays zero instead of becoming NaN.
+
+    Returns:
+        Maps of the same shape in 0..1.
+    """
+    maps = maps.relu()
+    return maps / (maps.amax((-2, -1), keepdim=True) + eps)
+
+
+def merge_scales(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Bring the maps of several scales to one size and add them.
+
+    ReLU does not commute with resizing: rectify each scale's maps first, on their own grid.
+
+    Args:
+        maps: For each scale ``(N, h, w)``, the grids differing.
+        size: Height and width of the result.
+
+    Returns:
+        Sums ``(N, *size)``.
+    """
+    return torch.stack(
+        [F.interpolate(m[None], size, mode="bilinear", align_corners=False)[0] for m in maps]
+    ).sum(0)

@@ -1,0 +1,126 @@
+"""k-means with cosine assignment, as LPCAM uses it.
+
+Rows go to the centre of the largest cosine and a centre is the plain mean of its rows. That is
+norm-weighted spherical k-means: it never decreases ``sum_i |x_i| cos(x_i, centre of i)``. The row's
+own norm cannot change which centre is nearest, so an iteration is two matrix products, with no
+(N, k, D) temporary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpcam.errors import InputError
+
+
+@dataclass(frozen=True)
+class KMeansResult:
+    """What :func:`spherical_kmeans` found.
+
+    Attributes:
+        centers: Plain means of the rows of each cluster ``(k, D)``, not normalised: selection by
+            the classifier's score depends on their length.
+        labels: Cluster of each row ``(N,)``; -1 for a zero row.
+        n_iter: Iterations run.
+        converged: Whether the centres came to rest before the iterations ran out.
+    """
+
+    centers: Tensor
+    labels: Tensor
+    n_iter: int
+    converged: bool
+
+
+def spherical_kmeans(
+    x: Tensor,
+    k: int,
+    *,
+    init: Tensor | None = None,
+    seed: int = 0,
+    max_iter: int = 100,
+    tol: float = 1e-4,
+    chunk_size: int = 65536,
+) -> KMeansResult:
+    """Cluster rows by direction.
+
+    Zero rows have no direction and are ignored. An empty cluster restarts at the row that fits its
+    own centre worst.
+
+    Args:
+        x: Rows ``(N, D)``; half precision is converted chunk by chunk.
+        k: Number of clusters.
+        init: Initial centres ``(k, D)``; k-means++ when absent.
+        seed: Seed of k-means++.
+        max_iter: Upper bound on iterations.
+        tol: Stop when the square of the summed movement of all centres falls below it. This is the
+            rule of the published LPCAM code (which uses 5, without a bound on iterations).
+        chunk_size: Rows converted and multiplied at a time.
+
+    Returns:
+        Centres and labels; the labels are those that the centres are the means of.
+
+    Raises:
+        InputError: There are fewer non-zero rows than clusters.
+    """
+    norm = torch.cat([torch.linalg.vector_norm(c.float(), dim=1) for c in x.split(chunk_size)])
+    nonzero = norm > 0
+    available = int(nonzero.sum())
+    if not 1 <= k <= available:
+        raise InputError(
+            f"k={k} clusters need at least as many features, and there are {available}; lower k"
+        )
+    centers = _plus_plus(x, norm, k, seed, chunk_size) if init is None else init.float()
+    converged = False
+    n_iter = 0
+    while n_iter < max_iter and not converged:
+        n_iter += 1
+        new, labels, cosine = _step(x, norm, centers, chunk_size)
+        empty = (torch.bincount(labels[nonzero], minlength=k) == 0).nonzero()[:, 0]
+        if len(empty):
+            worst = torch.where(nonzero, cosine, torch.inf).topk(len(empty), largest=False).indices
+            new[empty] = x[worst].float()
+        movement = torch.linalg.vector_norm(new - centers, dim=1).sum()
+        converged = bool(movement**2 < tol)
+        centers = new
+    return KMeansResult(centers, labels, n_iter, converged)
+
+
+def _step(
+    x: Tensor, norm: Tensor, centers: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Assign and average in one read of the data: new centres, labels, cosine to the old centre."""
+    unit = F.normalize(centers, dim=1).T
+    clusters = torch.arange(len(centers), device=x.device)
+    total, count = torch.zeros_like(centers), torch.zeros_like(centers[:, 0])
+    labels, cosine = [], []
+    for chunk, length in zip(x.split(chunk_size), norm.split(chunk_size), strict=True):
+        rows = chunk.float()
+        best = (rows @ unit).max(1)
+        labels.append(torch.where(length > 0, best.indices, -1))
+        cosine.append(best.values / length.clamp_min(1e-12))
+        member = (labels[-1][:, None] == clusters).float()
+        total += member.T @ rows
+        count += member.sum(0)
+    return total / count.clamp_min(1)[:, None], torch.cat(labels), torch.cat(cosine)
+
+
+def _plus_plus(x: Tensor, norm: Tensor, k: int, seed: int, chunk_size: int) -> Tensor:
+    """k-means++ for this objective: rows are drawn with probability ``|x| (1 - best cosine)``."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen: list[int] = []
+    distance = torch.ones_like(norm)
+    for _ in range(k):
+        mass = (norm * distance).double().cpu()
+        mass[chosen] = 0
+        if not mass.any():  # fewer directions than clusters: any row that is still free
+            mass = (norm > 0).double().cpu()
+            mass[chosen] = 0
+        chosen.append(int(torch.multinomial(mass, 1, generator=generator)))
+        unit = F.normalize(x[chosen[-1]].float(), dim=0)
+        dot = torch.cat([chunk.float() @ unit for chunk in x.split(chunk_size)])
+        cosine = dot / norm.clamp_min(1e-12)
+        # Rounding may put a copy of the chosen row at a distance of 1e-7, never to be drawn.
+        distance = torch.minimum(distance, torch.where(cosine > 1 - 1e-6, 0, 1 - cosine))
+    return x[chosen].float()

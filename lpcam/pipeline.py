@@ -1,0 +1,451 @@
+"""The stages in their order, each with the values that its result depends on.
+
+Every function takes explicit arguments, looks its result up in the store and computes what is
+missing. None knows of Hydra.
+"""
+
+import functools
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from rich.progress import track
+from torch import Tensor
+
+from lpcam.backbones import Backbone
+from lpcam.classifier import Classifier
+from lpcam.data.dataset import Picture, SegmentationDataset, fingerprint, multi_hot
+from lpcam.data.loaders import pooled_loader, train_loader, view_loader
+from lpcam.data.transforms import TrainTransform
+from lpcam.errors import InputError
+from lpcam.evaluation.segmentation import SegmentationResult, SegmentationScore
+from lpcam.inference import FeatureCallback, LPCAMCallback, MapHead
+from lpcam.prototypes import SIDES, Centers, Prototypes, class_score, fit_centers
+from lpcam.reporting.report import PrototypeView
+from lpcam.seeds import load_seed, save_mask, seed_mask
+from lpcam.store import Stage, file_digest
+
+MakeTrainer = Callable[..., pl.Trainer]
+
+
+def tensor_digest(value: Tensor) -> str:
+    """Hash a tensor's bytes."""
+    return hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def predict(
+    make_trainer: MakeTrainer,
+    classifier: Classifier,
+    pictures: Sequence[Picture],
+    callback: Callback,
+    *,
+    done: Callable[[Picture], bool],
+    scales: Sequence[float],
+    flip: bool,
+    batch_size: int,
+    num_workers: int,
+) -> None:
+    """Run a writing callback over the pictures that an earlier, killed run did not finish."""
+    missing = [picture for picture in pictures if not done(picture)]
+    if not missing:
+        return
+    loader = view_loader(
+        missing,
+        classifier.num_classes,
+        scales=scales,
+        flip=flip,
+        mean=classifier.backbone.mean,
+        std=classifier.backbone.std,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    trainer = make_trainer(logger=False, callbacks=[callback], enable_checkpointing=False)
+    trainer.predict(classifier, loader, return_predictions=False)
+    trainer.strategy.barrier()
+
+
+def features(
+    store: Path,
+    make_trainer: MakeTrainer,
+    classifier: Classifier,
+    pictures: Sequence[Picture],
+    *,
+    local: bool,
+    num_workers: int,
+) -> Stage:
+    """Features of each picture at its own size, not mirrored: ``<id>.npz``."""
+    inputs = {
+        "backbone": classifier.backbone.fingerprint,
+        "pictures": fingerprint(pictures),
+        "local": local,
+    }
+    stage = Stage(store, "features", inputs)
+    with stage.build(resume=True) as folder:
+        if folder:
+            predict(
+                make_trainer,
+                classifier,
+                pictures,
+                FeatureCallback(folder, local=local),
+                done=lambda picture: (folder / f"{picture.id}.npz").is_file(),
+                scales=[1.0],
+                flip=False,
+                batch_size=1,
+                num_workers=num_workers,
+            )
+    return stage
+
+
+def read_features(stage: Stage, picture: Picture, name: str) -> np.ndarray:
+    """One array of one picture from a features stage: ``pooled`` (D,) or ``local`` (h, w, D)."""
+    with np.load(stage.folder / f"{picture.id}.npz", allow_pickle=False) as file:
+        return file[name]
+
+
+def classifier_stage(
+    store: Path,
+    dataset: SegmentationDataset,
+    backbone: Backbone,
+    settings: Mapping[str, Any],
+    seed: int,
+) -> Stage:
+    """Where the classifier for these settings lies, or will lie: ``last.ckpt``."""
+    inputs = {
+        "backbone": backbone.fingerprint,
+        "pictures": fingerprint(dataset.pictures(dataset.train_split)),
+        "classes": dataset.classes,
+        "settings": dict(settings),
+        "seed": seed,
+    }
+    return Stage(store, "classifier", inputs)
+
+
+def trained_checkpoint(stage: Stage, command: str) -> Path:
+    """The checkpoint of a classifier stage.
+
+    Args:
+        stage: From :func:`classifier_stage`.
+        command: What trains it, for the error message.
+
+    Raises:
+        InputError: It is not trained yet.
+    """
+    if not stage.done:
+        raise InputError(f"no classifier for these settings; train it first:  {command}")
+    return stage.folder / "last.ckpt"
+
+
+def train(
+    store: Path,
+    stage: Stage,
+    make_trainer: MakeTrainer,
+    dataset: SegmentationDataset,
+    classifier: Classifier,
+    *,
+    epochs: int,
+    batch_size: int,
+    long_side: tuple[int, int] | None,
+    crop: int | None,
+    num_workers: int,
+    logger: Any,
+) -> dict[str, float]:
+    """Train the classifier, going on from the last epoch of a killed run.
+
+    With a frozen backbone its features are computed once and only the head is trained on them.
+
+    Args:
+        store: The store's folder.
+        stage: From :func:`classifier_stage`.
+        make_trainer: Makes Lightning's trainer.
+        dataset: The data.
+        classifier: An untrained classifier.
+        epochs: Passes over the training split.
+        batch_size: Pictures a step.
+        long_side: See :class:`~lpcam.data.transforms.TrainTransform`; unused when frozen.
+        crop: Likewise.
+        num_workers: Processes that decode pictures.
+        logger: Lightning loggers.
+
+    Returns:
+        Metrics of the last epoch; empty when the classifier was there already.
+    """
+    with stage.build(resume=True) as folder:
+        if folder is None:
+            return {}
+        splits = [dataset.pictures(dataset.train_split), dataset.pictures(dataset.val_split)]
+        labels = [multi_hot(pictures, len(dataset.classes)) for pictures in splits]
+        if classifier.hparams["freeze_backbone"]:
+            loaders: list[Any] = []
+            for name, pictures, split_labels in zip(
+                (dataset.train_split, dataset.val_split), splits, labels, strict=True
+            ):
+                found = features(
+                    store,
+                    make_trainer,
+                    classifier,
+                    pictures,
+                    local=name == dataset.prototype_split,
+                    num_workers=num_workers,
+                )
+                pooled = np.stack([read_features(found, p, "pooled") for p in pictures])
+                loaders.append(
+                    pooled_loader(pooled, split_labels, batch_size=batch_size, shuffle=not loaders)
+                )
+        else:
+            if long_side is None or crop is None:
+                raise InputError("classifier.crop and classifier.long_side: needed to fine-tune")
+            backbone = classifier.backbone
+            transform = TrainTransform(backbone.mean, backbone.std, long_side, crop)
+            loaders = [
+                train_loader(
+                    pictures,
+                    len(dataset.classes),
+                    transform,
+                    batch_size=batch_size,
+                    shuffle=index == 0,
+                    num_workers=num_workers,
+                )
+                for index, pictures in enumerate(splits)
+            ]
+        checkpoint = ModelCheckpoint(folder, "last", enable_version_counter=False)
+        trainer = make_trainer(
+            max_epochs=epochs,
+            logger=logger,
+            callbacks=[checkpoint, *([LearningRateMonitor("step")] if logger else [])],
+        )
+        last = folder / "last.ckpt"
+        resume = str(last) if last.is_file() else None
+        trainer.fit(classifier, *loaders, ckpt_path=resume, weights_only=True)
+        return {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
+def centers(
+    store: Path,
+    found: Stage,
+    classifier: Classifier,
+    dataset: SegmentationDataset,
+    *,
+    k: int,
+    tau: float,
+    seed: int,
+    max_iter: int,
+    allow_missing: bool,
+) -> tuple[Stage, Centers]:
+    """Centres of every class: ``centers.safetensors``.
+
+    Args:
+        store: The store's folder.
+        found: The features of the prototype split.
+        classifier: The trained classifier.
+        dataset: The data.
+        k: Clusters on each side.
+        tau: Threshold of the split into foreground and context.
+        seed: Seed of the clustering.
+        max_iter: Upper bound on its iterations.
+        allow_missing: Skip a class without pictures.
+    """
+    inputs = {
+        "features": found.key,
+        "weight": tensor_digest(classifier.weight),
+        "k": k,
+        "tau": tau,
+        "seed": seed,
+        "max_iter": max_iter,
+        "allow_missing": allow_missing,
+    }
+    stage = Stage(store, "centers", inputs)
+    with stage.build() as folder:
+        if folder:
+            pictures = dataset.pictures(dataset.prototype_split)
+            fit_centers(
+                lambda index: read_features(found, pictures[index], "local"),
+                multi_hot(pictures, len(dataset.classes)),
+                classifier.weight,
+                dataset.classes,
+                k=k,
+                tau=tau,
+                seed=seed,
+                max_iter=max_iter,
+                allow_missing=allow_missing,
+                progress=lambda names: track(names, "Clustering"),
+            ).save(folder / "centers.safetensors")
+    return stage, Centers.load(stage.folder / "centers.safetensors")
+
+
+@dataclass(frozen=True)
+class MapSetting:
+    """One way of making maps: plain CAM, or LPCAM with these directions.
+
+    Attributes:
+        directions: Directions ``(C, D)``; None for plain CAM.
+        offset: See :class:`~lpcam.inference.MapHead`.
+    """
+
+    directions: Tensor | None = None
+    offset: float = 0.0
+
+
+def lpcam_setting(prototypes: Prototypes, use: str) -> MapSetting:
+    """LPCAM with the prototypes of ``class``, of ``context`` or of ``both``."""
+    # Without class prototypes the map is 1 - mean cosine to the context: how unlike it is.
+    return MapSetting(prototypes.directions(use), 1.0 if use == "context" else 0.0)
+
+
+def maps(
+    store: Path,
+    make_trainer: MakeTrainer,
+    classifier: Classifier,
+    pictures: Sequence[Picture],
+    settings: Mapping[str, MapSetting],
+    *,
+    scales: Sequence[float],
+    flip: bool,
+    batch_size: int,
+    num_workers: int,
+) -> dict[str, Stage]:
+    """Maps of every setting from one pass over the pictures: seed records ``<id>.npz``.
+
+    Args:
+        store: The store's folder.
+        make_trainer: Makes Lightning's trainer.
+        classifier: The trained classifier.
+        pictures: The pictures.
+        settings: What to compute, by name. Equal settings share a stage.
+        scales: Factors on the pictures' size.
+        flip: Add the mirror image.
+        batch_size: Pictures a forward pass.
+        num_workers: Processes that decode pictures.
+
+    Returns:
+        The stage of each setting.
+    """
+    common = {
+        "backbone": classifier.backbone.fingerprint,
+        "pictures": fingerprint(pictures),
+        "scales": list(scales),
+        "flip": flip,
+    }
+    stages = {}
+    for name, setting in settings.items():
+        matrix = classifier.weight if setting.directions is None else setting.directions
+        head = "cam" if setting.directions is None else "lpcam"
+        inputs = {"head": head, "matrix": tensor_digest(matrix), "offset": setting.offset}
+        stages[name] = Stage(store, "maps", {**common, **inputs})
+    distinct = {stages[name].key: name for name in settings}
+    with ExitStack() as stack:
+        heads = []
+        for key in sorted(distinct):  # every process takes the locks in the same order
+            folder = stack.enter_context(stages[distinct[key]].build(resume=True))
+            if folder:
+                setting = settings[distinct[key]]
+                heads.append(MapHead(folder, setting.directions, setting.offset))
+        if heads:
+            predict(
+                make_trainer,
+                classifier,
+                pictures,
+                LPCAMCallback(classifier.weight, heads),
+                done=lambda picture: all((h.folder / f"{picture.id}.npz").is_file() for h in heads),
+                scales=scales,
+                flip=flip,
+                batch_size=batch_size,
+                num_workers=num_workers,
+            )
+    return stages
+
+
+def score(
+    store: Path, found: Stage, dataset: SegmentationDataset, split: str
+) -> SegmentationResult | None:
+    """Compare maps with the true masks, at every threshold; None without any mask."""
+    with_mask = [picture for picture in dataset.pictures(split) if picture.mask_path]
+    if not with_mask:
+        return None
+    masks = [file_digest(picture.mask_path) for picture in with_mask if picture.mask_path]
+    stage = Stage(store, "scores", {"maps": found.key, "masks": masks, "bins": 100})
+    total = SegmentationScore(len(dataset.classes))
+    with stage.build() as folder:
+        if folder:
+            for picture in track(with_mask, "Scoring"):
+                seed = load_seed(found.folder / f"{picture.id}.npz")
+                mask = dataset.mask(picture)
+                if mask.shape != seed.size:
+                    raise InputError(
+                        f"{picture.mask_path}: mask of {mask.shape[1]}x{mask.shape[0]} pixels for "
+                        f"a picture of {seed.size[1]}x{seed.size[0]}; give the mask that belongs to it"
+                    )
+                total.update(seed.full_size(), seed.keys, mask)
+            np.save(folder / "histogram.npy", total.histogram)
+    total.histogram = np.load(stage.folder / "histogram.npy", allow_pickle=False)
+    return total.compute()
+
+
+def export(output: Path, found: Stage, pictures: Sequence[Picture], background: float) -> None:
+    """Put maps and the pseudo masks made from them into a run's folder.
+
+    Args:
+        output: The run's folder; gets ``maps/<id>.npz`` and ``masks/<id>.png``.
+        found: The maps.
+        pictures: Which.
+        background: The background score of the masks.
+    """
+    for name in ("maps", "masks"):
+        (output / name).mkdir(parents=True, exist_ok=True)
+    for picture in track(pictures, "Writing masks"):
+        source, target = (
+            folder / f"{picture.id}.npz" for folder in (found.folder, output / "maps")
+        )
+        target.unlink(missing_ok=True)
+        try:
+            target.hardlink_to(source)
+        except OSError:  # another file system
+            shutil.copyfile(source, target)
+        seed = load_seed(source)
+        mask = seed_mask(seed.full_size(), seed.keys, background)
+        save_mask(output / "masks" / f"{picture.id}.png", mask)
+
+
+def prototype_views(
+    found: Stage,
+    centers: Centers,
+    prototypes: Prototypes,
+    classifier: Classifier,
+    dataset: SegmentationDataset,
+) -> list[PrototypeView]:
+    """What the report says about every prototype, kept or not."""
+    pictures = dataset.pictures(dataset.prototype_split)
+
+    @functools.cache
+    def grid(index: int) -> tuple[int, int]:
+        height, width, _ = read_features(found, pictures[index], "local").shape
+        return height, width
+
+    views = []
+    for c, name in enumerate(dataset.classes):
+        for s, side in enumerate(SIDES):
+            scores = class_score(centers.centers[c, s], classifier.weight, c)
+            for j in centers.counts[c, s].nonzero()[:, 0].tolist():
+                places = [p for p in centers.nearest[c, s, j].tolist() if p[0] >= 0]
+                patches = [
+                    (pictures[i], ((row + 0.5) / grid(i)[0], (column + 0.5) / grid(i)[1]))
+                    for i, row, column in places
+                ]
+                views.append(
+                    PrototypeView(
+                        class_name=name,
+                        side=side,
+                        index=j,
+                        score=float(scores[j]),
+                        count=int(centers.counts[c, s, j]),
+                        kept=j in prototypes.indices[c][s],
+                        patches=patches,
+                    )
+                )
+    return views

@@ -1,0 +1,207 @@
+"""Pictures that gain and lose the most between two methods, and what to show of each."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from lpcam.data.dataset import Picture, SegmentationDataset, open_image
+from lpcam.reporting.figures import new_figure, styled
+from lpcam.reporting.scores import Method
+from lpcam.seeds import UNKNOWN, palette, seed_mask
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HEAT_MAP = "inferno"  # perceptually uniform: equal steps of activation look equal
+PANEL_SIDE = 320
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture and its foreground IoU, in 0..1, under the baseline and the method compared to it.
+
+    Both are NaN where nothing is known of the truth.
+    """
+
+    picture: Picture
+    baseline: float = math.nan
+    compared: float = math.nan
+
+    @property
+    def gain(self) -> float:
+        """IoU gained over the baseline, in -1..1."""
+        return self.compared - self.baseline
+
+
+def foreground_iou(truth: np.ndarray, prediction: np.ndarray) -> float:
+    """IoU of one picture, mean over the classes that its true mask shows.
+
+    Args:
+        truth: Labels ``(H, W)``; 0 background, 255 ignored.
+        prediction: Labels ``(H, W)``.
+
+    Returns:
+        NaN if the true mask shows no class.
+    """
+    known = truth != UNKNOWN
+    ious = []
+    for label in np.unique(truth[known & (truth > 0)]):
+        true, predicted = truth == label, known & (prediction == label)
+        ious.append((true & predicted).sum() / (true | predicted).sum())
+    return float(np.mean(ious)) if ious else math.nan
+
+
+def compare(
+    dataset: SegmentationDataset, pictures: Sequence[Picture], methods: Sequence[Method], split: str
+) -> list[Example]:
+    """Foreground IoU of every picture under two methods, each at its best threshold.
+
+    Args:
+        dataset: Reads the masks.
+        pictures: The pictures of the split. Those without mask or without any class in it are
+            left out.
+        methods: The baseline and the method to compare; both have scores for the split.
+        split: Which split.
+    """
+    examples = []
+    for picture in pictures:
+        truth = dataset.mask(picture)
+        if truth is None:
+            continue
+        ious = []
+        for method in methods:
+            seed = method.seed(split, picture)
+            mask = seed_mask(seed.full_size(), seed.keys, method.threshold(split, math.nan))
+            ious.append(foreground_iou(truth, mask))
+        if not math.isnan(ious[0]):
+            examples.append(Example(picture, *ious))
+    return examples
+
+
+def choose(examples: Sequence[Example], count: int) -> dict[str, list[Example]]:
+    """The largest gains and the worst losses, the most extreme first, equals by id.
+
+    Args:
+        examples: From :func:`compare`.
+        count: At most so many of each.
+
+    Returns:
+        By heading. What neither gains nor loses is in neither group, and either may be empty.
+    """
+    ordered = sorted(examples, key=lambda example: example.picture.id)
+    return {
+        "Largest gains": sorted((e for e in ordered if e.gain > 0), key=lambda e: -e.gain)[:count],
+        "Worst losses": sorted((e for e in ordered if e.gain < 0), key=lambda e: e.gain)[:count],
+    }
+
+
+def caption(example: Example, classes: Sequence[str], methods: Sequence[Method]) -> str:
+    """An example in a line: the classes that its image label names, and its IoUs in percent."""
+    names = ", ".join(classes[label] for label in example.picture.labels) or "no class"
+    if math.isnan(example.gain):
+        return names
+    before, after = (
+        f"{method.name} {100 * iou:.1f}"
+        for method, iou in zip(methods, (example.baseline, example.compared), strict=True)
+    )
+    return f"{names}: IoU {before} → {after} ({100 * example.gain:+.1f})"
+
+
+def panels(
+    dataset: SegmentationDataset,
+    picture: Picture,
+    methods: Sequence[Method],
+    split: str,
+    threshold: float,
+) -> list[tuple[str, Image.Image]]:
+    """What to show of a picture, each with its title, at most 320 pixels a side.
+
+    Args:
+        dataset: Reads the true mask.
+        picture: The picture.
+        methods: Their maps are shown, strongest class first where several overlap, and the masks
+            at their best thresholds.
+        split: Which split the picture is of.
+        threshold: Background score of the masks where the split has no scores.
+
+    Returns:
+        The picture, a heat map a method, the truth if there is one, a mask a method.
+    """
+    image = open_image(picture.path).convert("RGB")
+    grey = np.asarray(image.convert("L").convert("RGB"), np.float32) / 255
+    truth = dataset.mask(picture)
+    heats, masks = [], []
+    for method in methods:
+        seed = method.seed(split, picture)
+        maps = seed.full_size()
+        heat = maps.amax(0).numpy() if len(maps) else np.zeros(seed.size, np.float32)
+        heats.append((method.name, heat_overlay(grey, heat)))
+        mask = seed_mask(maps, seed.keys, method.threshold(split, threshold))
+        masks.append((f"{method.name} mask", mask_overlay(grey, mask)))
+    shown = [("truth", mask_overlay(grey, truth))] if truth is not None else []
+    result = [("picture", image)]
+    for title, pixels in (*heats, *shown, *masks):
+        result.append((title, Image.fromarray((pixels * 255 + 0.5).astype(np.uint8))))
+    for _, panel in result:
+        panel.thumbnail((PANEL_SIDE, PANEL_SIDE))
+    return result
+
+
+def heat_overlay(grey: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Lay a heat map over a grey picture.
+
+    Args:
+        grey: Picture ``(H, W, 3)`` in 0..1.
+        heat: Activation ``(H, W)`` in 0..1.
+
+    Returns:
+        Colours ``(H, W, 3)`` in 0..1; where nothing is activated the picture stays visible.
+    """
+    from matplotlib import colormaps
+
+    opacity = 0.35 + 0.45 * heat[..., None]
+    return (1 - opacity) * grey + opacity * colormaps[HEAT_MAP](heat)[..., :3]
+
+
+def mask_overlay(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Lay a mask in the palette's colours over a paled grey picture, as :func:`heat_overlay`."""
+    colours = np.array(palette(), np.float32).reshape(-1, 3)[mask] / 255
+    opacity = np.where(mask > 0, 0.8, 0.0)[..., None]
+    return (1 - opacity) * (0.6 + 0.4 * grey) + opacity * colours
+
+
+def heat_scale(steps: int = 9) -> list[str]:
+    """Colours of the heat maps from 0 to 1, as CSS writes them."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps[HEAT_MAP](step / (steps - 1))) for step in range(steps)]
+
+
+@styled
+def draw_gallery(
+    title: str, rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]]
+) -> "Figure":
+    """Pictures side by side.
+
+    Args:
+        title: Above all.
+        rows: For each picture its caption and its titled panels, as many in every row.
+    """
+    columns = len(rows[0][1])
+    figure = new_figure(2 * columns, 0.8 + 2.2 * len(rows))
+    figure.suptitle(title, fontsize=14, fontweight="bold")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes_row, (text, shown) in zip(grid, rows, strict=True):
+        for axes, (name, image) in zip(axes_row, shown, strict=True):
+            axes.imshow(np.asarray(image))
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if axes in grid[0]:
+                axes.set_title(name, fontsize=12)
+        axes_row[0].set_xlabel(text, loc="left", fontsize=11)
+    return figure

@@ -1,0 +1,157 @@
+"""The report of one inference run: one HTML file that needs nothing else, and its figures."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from lpcam.data.dataset import Picture, SegmentationDataset
+from lpcam.reporting import figures
+from lpcam.reporting.gallery import (
+    Example, caption, choose, compare, draw_gallery, heat_scale, panels,
+)
+from lpcam.reporting.patches import PrototypeView, crop_all, draw_prototypes
+from lpcam.reporting.scores import COLUMNS, Method, in_words, print_table, score_rows
+from lpcam.seeds import palette
+from lpcam.store import write_atomically
+
+__all__ = ["Method", "PrototypeView", "print_table", "write_report"]
+
+STANDALONE_ROWS = 4
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    command: str,
+    config: str,
+    dataset: SegmentationDataset,
+    splits: Mapping[str, Sequence[Picture]],
+    methods: Sequence[Method],
+    threshold: float,
+    prototypes: Sequence[PrototypeView],
+    seconds: Mapping[str, float],
+    gallery_split: str,
+    gallery_size: int = 6,
+) -> None:
+    """Write the report and, beside it, ``figures/*.png``.
+
+    The figures are ``threshold_curves``, ``per_class``, ``gallery`` and ``prototypes``; one for
+    which there is nothing to draw is left out, such as the first two without any mask.
+
+    Args:
+        path: The report.
+        title: Its heading.
+        command: What made this run.
+        config: Its whole config, YAML.
+        dataset: Names the classes and reads the true masks.
+        splits: The pictures of each split.
+        methods: The baseline, the method compared with it, and any others.
+        threshold: The configured background score.
+        prototypes: What is known of each cluster centre.
+        seconds: How long each stage took.
+        gallery_split: The split whose pictures are shown.
+        gallery_size: At most so many gains, and so many losses.
+    """
+    classes, pair, pictures = dataset.classes, methods[:2], splits[gallery_split]
+    scored = [split for split in splits if all(split in method.results for method in methods)]
+    examples = compare(dataset, pictures, pair, gallery_split) if gallery_split in scored else []
+    chosen = choose(examples, gallery_size)
+    if not any(chosen.values()):
+        chosen = {"Pictures": [Example(picture) for picture in pictures[:gallery_size]]}
+    gallery = {
+        heading: [
+            (example, panels(dataset, example.picture, pair, gallery_split, threshold))
+            for example in group
+        ]
+        for heading, group in chosen.items()
+    }
+    patches = crop_all(prototypes)
+
+    drawings = {}
+    if scored:
+        drawings["threshold_curves"] = figures.draw_curves(methods, scored, threshold)
+        drawings["per_class"] = figures.draw_classes(methods, scored, classes)
+    heading, group = next(((h, g) for h, g in gallery.items() if g), ("", []))
+    if group:
+        rows = [(caption(e, classes, pair), shown) for e, shown in group[:STANDALONE_ROWS]]
+        drawings["gallery"] = draw_gallery(f"{heading}, {gallery_split}", rows)
+    if prototypes:
+        drawings["prototypes"] = draw_prototypes(prototypes, patches)
+    folder = path.parent / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in drawings.items():
+        figures.save_png(figure, folder / f"{name}.png")
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        command=command,
+        config=config,
+        splits=splits,
+        classes=classes,
+        methods=methods,
+        threshold=threshold,
+        columns=[heading.format(threshold) for heading, _ in COLUMNS.values()],
+        tables={
+            split: (
+                in_words(pair, split, classes, threshold),
+                score_rows(methods, split, threshold),
+            )
+            for split in scored
+        },
+        charts={
+            split: [
+                Markup(figures.svg(figure))
+                for figure in (
+                    figures.draw_curves(methods, [split], threshold),
+                    figures.draw_classes(methods, [split], classes),
+                )
+            ]
+            for split in scored
+        },
+        gallery=gallery,
+        gallery_split=gallery_split,
+        examples=examples,
+        prototypes=_by_class(prototypes, patches),
+        seconds=seconds,
+        method_colours=figures.COLOURS,
+        class_colours=_class_colours(len(classes)),
+        heat_scale=heat_scale(),
+        data_uri=_data_uri,
+    )
+    write_atomically(path, page)
+
+
+def _by_class(
+    views: Sequence[PrototypeView], patches: Sequence[Sequence[Image.Image]]
+) -> dict[str, dict[str, list[tuple[PrototypeView, Sequence[Image.Image]]]]]:
+    """Prototypes by class, then ``class``, ``context`` and ``dropped``, the largest first."""
+    found: dict[str, dict[str, list[tuple[PrototypeView, Sequence[Image.Image]]]]] = {}
+    for view, images in sorted(zip(views, patches, strict=True), key=lambda pair: -pair[0].count):
+        groups = found.setdefault(view.class_name, {"class": [], "context": [], "dropped": []})
+        groups[view.side if view.kept else "dropped"].append((view, images))
+    return found
+
+
+def _class_colours(count: int) -> list[str]:
+    """The masks' colours of the classes, as CSS writes them."""
+    values = palette()
+    return ["#{:02x}{:02x}{:02x}".format(*values[3 * c : 3 * c + 3]) for c in range(1, count + 1)]
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,110 @@
+"""The seed record, the one format that every producer and consumer of maps shares.
+
+``<id>.npz`` holds ``keys`` (L,) int64, the class indices, ``maps`` (L, h, w) float16 in 0..1 on the
+stride-4 grid, and ``size`` (2,) int64, the picture's height and width. Never pickled.
+"""
+
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from lpcam.errors import InputError
+from lpcam.store import write_atomically
+
+UNKNOWN = 255
+
+
+@dataclass(frozen=True)
+class Seed:
+    """The maps of one picture.
+
+    Attributes:
+        keys: Class indices ``(L,)``, int64.
+        maps: Maps in 0..1 ``(L, h, w)`` at a quarter of the picture's resolution.
+        size: The picture's height and width in pixels.
+    """
+
+    keys: np.ndarray
+    maps: np.ndarray
+    size: tuple[int, int]
+
+    def full_size(self) -> Tensor:
+        """The maps at the picture's own size, ``(L, H, W)`` float32, bilinear."""
+        maps = torch.from_numpy(self.maps.astype(np.float32))
+        if not len(maps):
+            return maps.new_zeros(0, *self.size)
+        return F.interpolate(maps[None], self.size, mode="bilinear", align_corners=False)[0]
+
+
+def grid_size(size: tuple[int, int]) -> tuple[int, int]:
+    """The stride-4 grid of a picture: ``(H - 1) // 4 + 1`` rows and as many columns for W."""
+    return (size[0] - 1) // 4 + 1, (size[1] - 1) // 4 + 1
+
+
+def save_seed(path: Path, seed: Seed) -> None:
+    """Write a seed record."""
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        keys=seed.keys.astype(np.int64),
+        maps=seed.maps.astype(np.float16),
+        size=np.array(seed.size, np.int64),
+    )
+    write_atomically(path, buffer.getvalue())
+
+
+def load_seed(path: Path) -> Seed:
+    """Read a seed record.
+
+    Raises:
+        InputError: The file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            height, width = (int(side) for side in file["size"])
+            return Seed(file["keys"], file["maps"], (height, width))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a readable seed record ({error}); delete it") from error
+
+
+def seed_mask(maps: Tensor, keys: np.ndarray, background: float) -> np.ndarray:
+    """Turn maps into a mask: the strongest class where it exceeds a constant background score.
+
+    Args:
+        maps: Maps ``(L, H, W)`` in 0..1.
+        keys: Class indices ``(L,)``.
+        background: The score that a class has to exceed.
+
+    Returns:
+        Mask ``(H, W)`` uint8: 0 background, class index + 1 elsewhere.
+    """
+    if not len(maps):
+        return np.zeros(maps.shape[1:], np.uint8)
+    score, best = maps.max(0)
+    labels = torch.as_tensor(keys + 1, dtype=torch.uint8)[best]
+    return torch.where(score > background, labels, 0).numpy()
+
+
+def palette() -> list[int]:
+    """The colours of VOC's masks: 256 RGB triples, each bit of a label spread over the channels."""
+    colours = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        channel, shift = bit % 3, 7 - bit // 3
+        colours[:, channel] |= (((np.arange(256) >> bit) & 1) << shift).astype(np.uint8)
+    return [int(value) for value in colours.flatten()]
+
+
+def save_mask(path: Path, mask: np.ndarray) -> None:
+    """Write a mask ``(H, W)`` uint8 as a palette PNG."""
+    image = Image.fromarray(mask)
+    image.putpalette(palette())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())

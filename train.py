@@ -1,0 +1,71 @@
+"""Train the multi-label classifier:  python train.py dataset=cutouts backbone=efficientnet_lite0
+
+``python train.py --help`` lists the groups, ``--cfg job`` shows what will run.
+"""
+
+import json
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from lpcam.entry import build, run
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """Train, unless the store holds this classifier; return its validation mAP."""
+    import pytorch_lightning as pl
+
+    from lpcam import pipeline
+    from lpcam.backbones import build_backbone
+    from lpcam.classifier import Classifier
+    from lpcam.reporting.tracking import finish, log_results
+    from lpcam.store import write_atomically
+
+    dataset = build(cfg.dataset)
+    dataset.prepare()
+    pl.seed_everything(cfg.seed, verbose=False)
+    backbone = build_backbone(cfg.backbone.name, cfg.backbone.weights)
+    settings = OmegaConf.to_container(cfg.classifier)
+    stage = pipeline.classifier_stage(Path(cfg.paths.store), dataset, backbone, settings, cfg.seed)
+    if stage.done:
+        print(f"Already trained: {stage.folder / 'last.ckpt'}")
+        return None
+    classifier = Classifier(
+        backbone,
+        len(dataset.classes),
+        optimizer=cfg.classifier.optimizer,
+        lr=cfg.classifier.lr,
+        head_lr_factor=cfg.classifier.head_lr_factor,
+        momentum=cfg.classifier.momentum,
+        weight_decay=cfg.classifier.weight_decay,
+        poly_power=cfg.classifier.poly_power,
+        freeze_backbone=cfg.classifier.freeze_backbone,
+    )
+    logger = build(cfg.logger) if cfg.logger else None
+    try:
+        metrics = pipeline.train(
+            Path(cfg.paths.store),
+            stage,
+            build(cfg.trainer),
+            dataset,
+            classifier,
+            epochs=cfg.classifier.epochs,
+            batch_size=cfg.classifier.batch_size,
+            long_side=cfg.classifier.long_side,
+            crop=cfg.classifier.crop,
+            num_workers=cfg.num_workers,
+            logger=logger,
+        )
+        log_results(logger, OmegaConf.to_container(cfg, resolve=True), metrics)
+    finally:
+        finish(logger)
+    write_atomically(Path(cfg.paths.output) / "metrics.json", json.dumps(metrics, indent=1))
+    print(f"Trained: {stage.folder / 'last.ckpt'}")
+    print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+    return metrics.get("val/map")
+
+
+if __name__ == "__main__":
+    run(main, Path(__file__).parent)
