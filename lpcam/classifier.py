@@ -1,6 +1,7 @@
 """The multi-label classifier, the only thing that LPCAM trains."""
 
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -82,8 +83,9 @@ class Classifier(pl.LightningModule):
         self.average_precision.update(scores, labels.long())
         self.f1.update(scores, labels.long())
         loss = F.multilabel_soft_margin_loss(scores, labels)
-        values = {"val/loss": loss, "val/map": self.average_precision, "val/f1": self.f1}
-        self.log_dict(values, prog_bar=True, batch_size=len(x))
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(x))
+        self.log("val/map", self.average_precision, prog_bar=True, batch_size=len(x))
+        self.log("val/f1", self.f1, prog_bar=True, batch_size=len(x))
 
     def predict_step(self, batch: ViewBatch, batch_idx: int) -> list[Tensor]:
         """Local features of every scale.
@@ -101,23 +103,20 @@ class Classifier(pl.LightningModule):
                 features.append(self.backbone(view)[None])
         return features
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> Any:
         """SGD or AdamW with a polynomial schedule by step."""
-        hparams = self.hparams
-        groups = [{"params": self.head.parameters(), "lr": hparams.lr * hparams.head_lr_factor}]
-        trained = [p for p in self.backbone.parameters() if p.requires_grad]
-        if trained:
-            groups.append({"params": trained, "lr": hparams.lr})
+        hp: Any = self.hparams
+        groups: list[Any] = [{"params": self.head.parameters(), "lr": hp.lr * hp.head_lr_factor}]
+        if not hp.freeze_backbone:
+            groups.append({"params": self.backbone.parameters(), "lr": hp.lr})
         optimizer: torch.optim.Optimizer
-        if hparams.optimizer == "sgd":
-            optimizer = torch.optim.SGD(
-                groups, hparams.lr, hparams.momentum, weight_decay=hparams.weight_decay
-            )
+        if hp.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, hp.lr, hp.momentum, weight_decay=hp.weight_decay)
         else:
-            optimizer = torch.optim.AdamW(groups, hparams.lr, weight_decay=hparams.weight_decay)
+            optimizer = torch.optim.AdamW(groups, hp.lr, weight_decay=hp.weight_decay)
         steps = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: (1 - min(step / steps, 1)) ** hparams.poly_power
+            optimizer, lambda step: (1 - min(step / steps, 1)) ** hp.poly_power
         )
         return {
             "optimizer": optimizer,
@@ -138,10 +137,10 @@ def load_classifier(path: Path, backbone: Backbone, num_classes: int) -> Classif
             another number of classes.
     """
     state = load_state(path)
-    found = state["head.weight"].shape[0] if "head.weight" in state else None
+    found = len(state["head.weight"]) if "head.weight" in state else 0
     if found != num_classes:
         raise InputError(
-            f"ckpt={path}: a classifier of {found or 'no'} classes for a data set of {num_classes}; "
+            f"ckpt={path}: a classifier of {found} classes, the data set has {num_classes}; "
             "give the checkpoint that belongs to it"
         )
     classifier = Classifier(backbone, num_classes)
@@ -149,6 +148,6 @@ def load_classifier(path: Path, backbone: Backbone, num_classes: int) -> Classif
         classifier.load_state_dict(state)
     except RuntimeError as error:
         raise InputError(
-            f"ckpt={path}: not a classifier on {backbone.name}; choose the backbone it was trained on"
+            f"ckpt={path}: not a classifier on {backbone.name}; choose the backbone it belongs to"
         ) from error
     return classifier.eval()

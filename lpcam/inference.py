@@ -89,7 +89,13 @@ class LPCAMCallback(BasePredictionWriter):
     def __init__(self, weight: Tensor, heads: Sequence[MapHead]) -> None:
         super().__init__("batch")
         self.weight = weight
-        self.heads = heads
+        self.plain = [head for head in heads if head.directions is None]
+        self.fitted = [head for head in heads if head.directions is not None]
+        directions = [head.directions for head in self.fitted if head.directions is not None]
+        self.directions = (
+            torch.stack(directions) if directions else weight.new_zeros(0, *weight.shape)
+        )
+        self.offsets = torch.tensor([head.offset for head in self.fitted])
 
     def write_on_batch_end(
         self,
@@ -102,18 +108,17 @@ class LPCAMCallback(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write the pictures of one batch."""
-        maps = self.maps(prediction, batch["labels"].bool(), batch["size"])
-        for head, (picture_maps) in zip(self.heads, maps, strict=True):
-            for image_id, labels, own in zip(
-                batch["ids"], batch["labels"].bool(), picture_maps, strict=True
-            ):
-                keys = labels.nonzero()[:, 0].cpu().numpy()
-                save_seed(head.folder / f"{image_id}.npz", Seed(keys, own, batch["size"]))
+        labels = batch["labels"].bool()
+        maps = self.maps(prediction, labels, batch["size"]).half().cpu().numpy()
+        ends = labels.sum(1).cumsum(0).tolist()
+        for image_id, own, end in zip(batch["ids"], labels.cpu(), ends, strict=True):
+            keys = own.nonzero()[:, 0].numpy()
+            for head, its_maps in zip(self.plain + self.fitted, maps, strict=True):
+                seed = Seed(keys, its_maps[end - len(keys) : end], batch["size"])
+                save_seed(head.folder / f"{image_id}.npz", seed)
 
-    def maps(
-        self, features: list[Tensor], labels: Tensor, size: tuple[int, int]
-    ) -> list[list[np.ndarray]]:
-        """Maps of every head and picture.
+    def maps(self, features: list[Tensor], labels: Tensor, size: tuple[int, int]) -> Tensor:
+        """Maps of every head, plain CAM first.
 
         Args:
             features: For each scale ``(V, B, D, h, w)``, V mirrored views.
@@ -121,33 +126,24 @@ class LPCAMCallback(BasePredictionWriter):
             size: Height and width of the pictures.
 
         Returns:
-            For each head, for each picture, ``(L, H', W')`` on the stride-4 grid.
+            ``(M, L, H', W')`` in 0..1 on the stride-4 grid; L counts the True labels of the whole
+            batch, picture by picture.
         """
         present = labels.any(0).nonzero()[:, 0]
-        pairs = labels[:, present].nonzero(as_tuple=True)
-        counts = labels.sum(1).tolist()
-        stacked = [h.directions[present] for h in self.heads if h.directions is not None]
-        per_scale: list[list[Tensor]] = []
-        for views in features:
-            per_head: list[Tensor] = []
-            signed = iter(())
-            if stacked:
-                directions = torch.cat(stacked).to(views)
-                both = local_prototype_map(views.sum(0), directions)
-                signed = iter(both.split(len(present), dim=1))
-            for head in self.heads:
-                if head.directions is None:
-                    weight = self.weight[present].to(views)
-                    cam = class_activation_map(views.flatten(0, 1), weight)
-                    own = cam.unflatten(0, views.shape[:2]).sum(0)
-                else:
-                    own = (next(signed) + head.offset).relu()
-                per_head.append(own[pairs])
-            per_scale.append(per_head)
-        return [
-            [
-                picture.half().cpu().numpy()
-                for picture in normalize_maps(merge_scales(scales, grid_size(size))).split(counts)
-            ]
-            for scales in zip(*per_scale, strict=True)
-        ]
+        wanted = labels[:, present]
+        scales = [self._rectified(views, present)[:, wanted] for views in features]
+        merged = merge_scales([maps.flatten(0, 1) for maps in scales], grid_size(size))
+        return normalize_maps(merged).unflatten(0, scales[0].shape[:2])
+
+    def _rectified(self, views: Tensor, present: Tensor) -> Tensor:
+        """Maps of one scale after ReLU, for M heads and P classes: ``(M, B, P, h, w)``."""
+        maps = []
+        if self.plain:
+            cam = class_activation_map(views.flatten(0, 1), self.weight[present].to(views))
+            maps.append(cam.unflatten(0, views.shape[:2]).sum(0, keepdim=True))
+        if self.fitted:
+            directions = self.directions[:, present].to(views)
+            signed = local_prototype_map(views.sum(0), directions.flatten(0, 1))
+            signed = signed.unflatten(1, directions.shape[:2]).transpose(0, 1)
+            maps.append((signed + self.offsets.to(views)[:, None, None, None, None]).relu())
+        return torch.cat(maps)

@@ -222,7 +222,7 @@ def train(
         )
         last = folder / "last.ckpt"
         resume = str(last) if last.is_file() else None
-        trainer.fit(classifier, *loaders, ckpt_path=resume, weights_only=True)
+        trainer.fit(classifier, loaders[0], loaders[1], ckpt_path=resume, weights_only=True)
         return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
@@ -274,7 +274,7 @@ def centers(
                 seed=seed,
                 max_iter=max_iter,
                 allow_missing=allow_missing,
-                progress=lambda names: track(names, "Clustering"),
+                progress=True,
             ).save(folder / "centers.safetensors")
     return stage, Centers.load(stage.folder / "centers.safetensors")
 
@@ -365,21 +365,23 @@ def score(
     store: Path, found: Stage, dataset: SegmentationDataset, split: str
 ) -> SegmentationResult | None:
     """Compare maps with the true masks, at every threshold; None without any mask."""
-    with_mask = [picture for picture in dataset.pictures(split) if picture.mask_path]
-    if not with_mask:
+    pictures = dataset.pictures(split)
+    masks = [file_digest(picture.mask_path) for picture in pictures if picture.mask_path]
+    if not masks:
         return None
-    masks = [file_digest(picture.mask_path) for picture in with_mask if picture.mask_path]
     stage = Stage(store, "scores", {"maps": found.key, "masks": masks, "bins": 100})
     total = SegmentationScore(len(dataset.classes))
     with stage.build() as folder:
         if folder:
-            for picture in track(with_mask, "Scoring"):
-                seed = load_seed(found.folder / f"{picture.id}.npz")
+            for picture in track(pictures, "Scoring"):
                 mask = dataset.mask(picture)
+                if mask is None:
+                    continue
+                seed = load_seed(found.folder / f"{picture.id}.npz")
                 if mask.shape != seed.size:
                     raise InputError(
-                        f"{picture.mask_path}: mask of {mask.shape[1]}x{mask.shape[0]} pixels for "
-                        f"a picture of {seed.size[1]}x{seed.size[0]}; give the mask that belongs to it"
+                        f"{picture.mask_path}: mask of {mask.shape[1]}x{mask.shape[0]} pixels, "
+                        f"picture of {seed.size[1]}x{seed.size[0]}; give its own mask"
                     )
                 total.update(seed.full_size(), seed.keys, mask)
             np.save(folder / "histogram.npy", total.histogram)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -89,7 +90,7 @@ class Prototypes:
         )
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file: a tensor per class and side, the class names in its header."""
+        """Write one safetensors file: a tensor per class and side, class names in its header."""
         tensors = {}
         for name, *sides in zip(self.classes, self.own, self.context, strict=True):
             for side, tensor in zip(SIDES, sides, strict=True):
@@ -162,7 +163,7 @@ def fit_centers(
     seed: int = 0,
     max_iter: int = 100,
     allow_missing: bool = False,
-    progress: Callable[[Sequence[str]], Sequence[str]] = lambda names: names,
+    progress: bool = False,
 ) -> Centers:
     """Collect and cluster, class by class (section 3.2 of the paper).
 
@@ -176,7 +177,7 @@ def fit_centers(
         seed: Seed of the clustering.
         max_iter: Upper bound on its iterations.
         allow_missing: Skip a class without pictures instead of failing.
-        progress: Wraps the class names, to show a bar.
+        progress: Show a bar.
 
     Raises:
         InputError: A class has no picture, or fewer features than clusters.
@@ -185,7 +186,7 @@ def fit_centers(
     centers = torch.zeros(num_classes, 2, k, dim)
     counts = torch.zeros(num_classes, 2, k, dtype=torch.int64)
     nearest = torch.full((num_classes, 2, k, 6, 3), -1, dtype=torch.int32)
-    for c, name in enumerate(progress(classes)):
+    for c, name in enumerate(track(classes, "Clustering", disable=not progress)):
         pictures = np.flatnonzero(labels[:, c])
         if not len(pictures):
             if allow_missing:
@@ -249,8 +250,8 @@ def select(
 ) -> Prototypes:
     """Select the prototypes of every class.
 
-    A class of which no centre passes keeps its best one, with a warning. A class may keep no context
-    prototype at all; then nothing is subtracted.
+    A class of which no centre passes keeps its best one, with a warning. A class may keep no
+    context prototype at all; then nothing is subtracted.
 
     Args:
         centers: All centres.

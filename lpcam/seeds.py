@@ -5,9 +5,10 @@ stride-4 grid, and ``size`` (2,) int64, the picture's height and width. Never pi
 """
 
 import io
-import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from lpcam.errors import InputError
 from lpcam.store import write_atomically
 
-UNKNOWN = 255
+# Everything that numpy raises on a missing, cut or overwritten .npz file.
+DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zlib.error, BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def load_seed(path: Path) -> Seed:
         with np.load(path, allow_pickle=False) as file:
             height, width = (int(side) for side in file["size"])
             return Seed(file["keys"], file["maps"], (height, width))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise InputError(f"{path}: not a readable seed record ({error}); delete it") from error
 
 

@@ -3,8 +3,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from hypothesis import given
@@ -158,19 +159,29 @@ print("reused" if folder is None else "computed")
 """
 
 
-def start(root: Path, name: str) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "PYTHONPATH": str(Path(lpcam.__file__).parents[1])}
-    for name in RANK_NAMES:
-        environment.pop(name, None)
-    return subprocess.Popen(
-        [sys.executable, "-c", BUILDER, str(root), name],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+Process: TypeAlias = "subprocess.Popen[str]"
 
 
-def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str], Process]]:
+    environment = {key: value for key, value in os.environ.items() if key not in RANK_NAMES}
+    environment["PYTHONPATH"] = str(Path(lpcam.__file__).parents[1])
+    processes = []
+
+    def start_builder(name: str) -> Process:
+        command = [sys.executable, "-c", BUILDER, str(tmp_path), name]
+        processes.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        )
+        return processes[-1]
+
+    yield start_builder
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(path: Path, process: Process) -> None:
     deadline = time.monotonic() + 60
     while not path.exists():
         assert process.poll() is None, "the process ended early"
@@ -178,10 +189,12 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.01)
 
 
-def test_two_processes_compute_a_stage_once(tmp_path: Path) -> None:
-    first = start(tmp_path, "first")
+def test_two_processes_compute_a_stage_once(
+    tmp_path: Path, start: Callable[[str], Process]
+) -> None:
+    first = start("first")
     wait_for(tmp_path / "first.computing", first)
-    second = start(tmp_path, "second")
+    second = start("second")
     wait_for(tmp_path / "second.started", second)
     time.sleep(0.2)  # lets the second reach the lock; without it the test only checks less
     assert not (tmp_path / "second.computing").exists()
@@ -191,8 +204,10 @@ def test_two_processes_compute_a_stage_once(tmp_path: Path) -> None:
     assert (first.returncode, second.returncode) == (0, 0)
 
 
-def test_a_killed_process_leaves_the_lock_free_and_the_stage_undone(tmp_path: Path) -> None:
-    victim = start(tmp_path, "victim")
+def test_a_killed_process_leaves_the_lock_free_and_the_stage_undone(
+    tmp_path: Path, start: Callable[[str], Process]
+) -> None:
+    victim = start("victim")
     wait_for(tmp_path / "victim.computing", victim)
     victim.kill()
     victim.communicate(timeout=60)
@@ -200,7 +215,7 @@ def test_a_killed_process_leaves_the_lock_free_and_the_stage_undone(tmp_path: Pa
     assert not stage.done
 
     (tmp_path / "release").touch()
-    heir = start(tmp_path, "heir")
+    heir = start("heir")
     assert heir.communicate(timeout=60)[0].strip() == "computed"
     assert stage.done
     assert (stage.folder / "victim.txt").exists()  # resume=True keeps what was there

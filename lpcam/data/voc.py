@@ -32,7 +32,7 @@ class VOC(SegmentationDataset):
     ) -> None:
         super().__init__(root, classes, **splits)  # type: ignore[arg-type]
 
-    def pictures(self, split: str) -> list[Picture]:
+    def pictures(self, split: str) -> list[Picture]:  # noqa: D102 - inherited
         path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
         if not path.is_file():
             raise InputError(f"{path}: no such split; give dataset.root or another split")

@@ -3,15 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from lpcam.data.dataset import Picture, SegmentationDataset, open_image
+from lpcam.evaluation.segmentation import IGNORED
 from lpcam.reporting.figures import new_figure, styled
 from lpcam.reporting.scores import Method
-from lpcam.seeds import UNKNOWN, palette, seed_mask
+from lpcam.seeds import palette, seed_mask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +48,7 @@ def foreground_iou(truth: np.ndarray, prediction: np.ndarray) -> float:
     Returns:
         NaN if the true mask shows no class.
     """
-    known = truth != UNKNOWN
+    known = truth != IGNORED
     ious = []
     for label in np.unique(truth[known & (truth > 0)]):
         true, predicted = truth == label, known & (prediction == label)
@@ -123,8 +124,8 @@ def panels(
     Args:
         dataset: Reads the true mask.
         picture: The picture.
-        methods: Their maps are shown, strongest class first where several overlap, and the masks
-            at their best thresholds.
+        methods: Their maps are shown, the strongest class of each pixel, and their masks at the
+            best threshold.
         split: Which split the picture is of.
         threshold: Background score of the masks where the split has no scores.
 
@@ -171,7 +172,7 @@ def mask_overlay(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Lay a mask in the palette's colours over a paled grey picture, as :func:`heat_overlay`."""
     colours = np.array(palette(), np.float32).reshape(-1, 3)[mask] / 255
     opacity = np.where(mask > 0, 0.8, 0.0)[..., None]
-    return (1 - opacity) * (0.6 + 0.4 * grey) + opacity * colours
+    return (1 - opacity) * (0.78 + 0.22 * grey) + opacity * colours
 
 
 def heat_scale(steps: int = 9) -> list[str]:
@@ -190,18 +191,19 @@ def draw_gallery(
 
     Args:
         title: Above all.
-        rows: For each picture its caption and its titled panels, as many in every row.
+        rows: For each picture its caption and its titled panels; one column a title.
     """
-    columns = len(rows[0][1])
-    figure = new_figure(2 * columns, 0.8 + 2.2 * len(rows))
+    titles = [name for name, _ in max((shown for _, shown in rows), key=len)]
+    figure = new_figure(2 * len(titles), 0.8 + 2.2 * len(rows))
     figure.suptitle(title, fontsize=14, fontweight="bold")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    for axes, name in zip(grid[0], titles, strict=True):
+        axes.set_title(name, fontsize=12)
     for axes_row, (text, shown) in zip(grid, rows, strict=True):
-        for axes, (name, image) in zip(axes_row, shown, strict=True):
-            axes.imshow(np.asarray(image))
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-            if axes in grid[0]:
-                axes.set_title(name, fontsize=12)
+        for name, image in shown:
+            axes_row[titles.index(name)].imshow(np.asarray(image))
         axes_row[0].set_xlabel(text, loc="left", fontsize=11)
     return figure

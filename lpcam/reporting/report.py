@@ -10,9 +10,15 @@ from markupsafe import Markup
 from PIL import Image
 
 from lpcam.data.dataset import Picture, SegmentationDataset
-from lpcam.reporting import figures
+from lpcam.reporting.figures import COLOURS, draw_classes, draw_curves, save_png, svg
 from lpcam.reporting.gallery import (
-    Example, caption, choose, compare, draw_gallery, heat_scale, panels,
+    Example,
+    caption,
+    choose,
+    compare,
+    draw_gallery,
+    heat_scale,
+    panels,
 )
 from lpcam.reporting.patches import PrototypeView, crop_all, draw_prototypes
 from lpcam.reporting.scores import COLUMNS, Method, in_words, print_table, score_rows
@@ -51,7 +57,7 @@ def write_report(
         config: Its whole config, YAML.
         dataset: Names the classes and reads the true masks.
         splits: The pictures of each split.
-        methods: The baseline, the method compared with it, and any others.
+        methods: The baseline, the method compared with it, and up to three others.
         threshold: The configured background score.
         prototypes: What is known of each cluster centre.
         seconds: How long each stage took.
@@ -75,8 +81,8 @@ def write_report(
 
     drawings = {}
     if scored:
-        drawings["threshold_curves"] = figures.draw_curves(methods, scored, threshold)
-        drawings["per_class"] = figures.draw_classes(methods, scored, classes)
+        drawings["threshold_curves"] = draw_curves(methods, scored, threshold)
+        drawings["per_class"] = draw_classes(methods, scored, classes)
     heading, group = next(((h, g) for h, g in gallery.items() if g), ("", []))
     if group:
         rows = [(caption(e, classes, pair), shown) for e, shown in group[:STANDALONE_ROWS]]
@@ -86,7 +92,7 @@ def write_report(
     folder = path.parent / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawings.items():
-        figures.save_png(figure, folder / f"{name}.png")
+        save_png(figure, folder / f"{name}.png")
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -103,22 +109,14 @@ def write_report(
         classes=classes,
         methods=methods,
         threshold=threshold,
-        columns=[heading.format(threshold) for heading, _ in COLUMNS.values()],
-        tables={
-            split: (
-                in_words(pair, split, classes, threshold),
-                score_rows(methods, split, threshold),
-            )
-            for split in scored
-        },
-        charts={
-            split: [
-                Markup(figures.svg(figure))
-                for figure in (
-                    figures.draw_curves(methods, [split], threshold),
-                    figures.draw_classes(methods, [split], classes),
-                )
-            ]
+        columns=[heading.format(threshold) for heading, *_ in COLUMNS.values()],
+        scored={
+            split: {
+                "words": in_words(pair, split, classes),
+                "rows": score_rows(methods, split, threshold),
+                "curves": Markup(svg(draw_curves(methods, [split], threshold))),
+                "bars": Markup(svg(draw_classes(methods, [split], classes))),
+            }
             for split in scored
         },
         gallery=gallery,
@@ -126,7 +124,7 @@ def write_report(
         examples=examples,
         prototypes=_by_class(prototypes, patches),
         seconds=seconds,
-        method_colours=figures.COLOURS,
+        method_colours=COLOURS,
         class_colours=_class_colours(len(classes)),
         heat_scale=heat_scale(),
         data_uri=_data_uri,
@@ -138,10 +136,11 @@ def _by_class(
     views: Sequence[PrototypeView], patches: Sequence[Sequence[Image.Image]]
 ) -> dict[str, dict[str, list[tuple[PrototypeView, Sequence[Image.Image]]]]]:
     """Prototypes by class, then ``class``, ``context`` and ``dropped``, the largest first."""
-    found: dict[str, dict[str, list[tuple[PrototypeView, Sequence[Image.Image]]]]] = {}
+    found: dict[str, dict[str, list[tuple[PrototypeView, Sequence[Image.Image]]]]] = {
+        view.class_name: {"class": [], "context": [], "dropped": []} for view in views
+    }
     for view, images in sorted(zip(views, patches, strict=True), key=lambda pair: -pair[0].count):
-        groups = found.setdefault(view.class_name, {"class": [], "context": [], "dropped": []})
-        groups[view.side if view.kept else "dropped"].append((view, images))
+        found[view.class_name][view.side if view.kept else "dropped"].append((view, images))
     return found
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -12,19 +13,19 @@ from lpcam.data.dataset import Picture
 from lpcam.evaluation.segmentation import SegmentationResult
 from lpcam.seeds import Seed, load_seed
 
-# Heading, and whether more (1) or less (-1) of it is better.
+AT_BEST = ("miou", "precision", "recall", "fp", "fn")
+# Heading, whether more (1) or less (-1) is better, factor, format.
 COLUMNS = {
-    "miou": ("mIoU", 1),
-    "gain": ("gain", 0),
-    "best_threshold": ("at threshold", 0),
-    "miou_at_threshold": ("mIoU at {:.2f}", 1),
-    "precision": ("precision", 1),
-    "recall": ("recall", 1),
-    "fp": ("FP", -1),
-    "fn": ("FN", -1),
-    "threshold_width": ("width", 1),
+    "miou": ("mIoU", 1, 100, "{:.1f}"),
+    "gain": ("gain", 0, 100, "{:+.1f}"),
+    "best_threshold": ("at threshold", 0, 1, "{:.2f}"),
+    "miou_at_threshold": ("mIoU at {:.2f}", 1, 100, "{:.1f}"),
+    "precision": ("precision", 1, 100, "{:.1f}"),
+    "recall": ("recall", 1, 100, "{:.1f}"),
+    "fp": ("FP", -1, 100, "{:.1f}"),
+    "fn": ("FN", -1, 100, "{:.1f}"),
+    "threshold_width": ("width", 1, 1, "{:.2f}"),
 }
-FORMATS = {"gain": "{:+.1f}", "best_threshold": "{:.2f}", "threshold_width": "{:.2f}"}
 
 
 @dataclass(frozen=True)
@@ -72,71 +73,65 @@ def score_rows(methods: Sequence[Method], split: str, threshold: float) -> list[
     table: list[dict[str, float]] = []
     for method in methods:
         result = method.results[split]
-        metrics = result.metrics([""] * (result.iou.shape[1] - 1), threshold)
-        if table:
-            metrics["gain"] = metrics["miou"] - table[0]["miou"]
-        table.append(metrics)
+        values = {name: getattr(result, name)[result.best] for name in AT_BEST}
+        values |= {
+            "gain": values["miou"] - table[0]["miou"] if table else math.nan,
+            "best_threshold": result.thresholds[result.best],
+            "miou_at_threshold": result.miou[result.index(threshold)],
+            "threshold_width": result.threshold_width,
+        }
+        table.append(values)
     rows: list[list[Cell]] = [[] for _ in methods]
-    for key, (_, better) in COLUMNS.items():
-        texts = [_text(key, metrics.get(key, math.nan)) for metrics in table]
-        ranked = [(better * m[key], text) for m, text in zip(table, texts, strict=True) if key in m]
-        best = max(ranked)[1] if better and ranked else None
+    for key, (_, better, scale, form) in COLUMNS.items():
+        column = [values[key] for values in table]
+        texts = ["n/a" if math.isnan(v) else form.format(scale * v) for v in column]
+        known = [(better * v, text) for v, text in zip(column, texts, strict=True) if v == v]
+        best = max(known)[1] if known else None
         for row, text in zip(rows, texts, strict=True):
-            row.append(Cell(text, text == best))
+            row.append(Cell(text, better != 0 and text == best))
     return rows
 
 
-def _text(key: str, value: float) -> str:
-    scale = 1 if key in ("best_threshold", "threshold_width") else 100
-    return "n/a" if math.isnan(value) else FORMATS.get(key, "{:.1f}").format(scale * value)
-
-
-def in_words(
-    methods: Sequence[Method], split: str, classes: Sequence[str], threshold: float
-) -> tuple[str, str]:
+def in_words(methods: Sequence[Method], split: str, classes: Sequence[str]) -> list[str]:
     """What happened, computed from the numbers: overall, and over the classes.
 
     Args:
         methods: The baseline, then the method compared with it; both have scores for the split.
         split: Which split.
         classes: Names of the C classes.
-        threshold: The configured background score.
 
     Returns:
-        Two sentences.
+        Sentences.
     """
     baseline, compared = methods
-    before, after = (m.results[split].metrics(classes, threshold) for m in methods)
-    gain = 100 * (after["miou"] - before["miou"])
+    before, after = (method.results[split] for method in methods)
+    i, j = before.best, after.best
+    gain = 100 * (after.miou[j] - before.miou[i])
     if round(gain, 1) > 0:
         what = f"gains {gain:.1f} points of mIoU over {baseline.name}"
     elif round(gain, 1) < 0:
         what = f"loses {-gain:.1f} points of mIoU against {baseline.name}"
     else:
-        what = f"and {baseline.name} have the same mIoU"
-    parts = [
-        f"{name} {100 * before[name]:.0f} → {100 * after[name]:.0f}"
-        for name in ("recall", "precision")
-        if name in before and name in after
-    ]
-    overall = (
+        what = f"has the same mIoU as {baseline.name}"
+    sentence = (
         f"On {split}, {compared.name} {what} "
-        f"({100 * before['miou']:.1f} → {100 * after['miou']:.1f})"
-        f"{': ' if parts else ''}{', '.join(parts)}."
+        f"({100 * before.miou[i]:.1f} → {100 * after.miou[j]:.1f})"
     )
-    gains = {
-        name: 100 * (after[f"iou/{name}"] - before[f"iou/{name}"])
-        for name in classes
-        if f"iou/{name}" in before and f"iou/{name}" in after
-    }
-    if not gains:
-        return overall, ""
-    least, most = min(gains, key=gains.__getitem__), max(gains, key=gains.__getitem__)
-    count = sum(gain > 0 for gain in gains.values())
-    return overall, (
-        f"{count} of {len(gains)} classes gain; most: {most} ({gains[most]:+.1f}), "
-        f"least: {least} ({gains[least]:+.1f})."
-    )
+    parts = []
+    for name in ("recall", "precision"):
+        old, new = 100 * getattr(before, name)[i], 100 * getattr(after, name)[j]
+        if not math.isnan(old + new):  # a method that predicts no object has no precision
+            parts.append(f"{name} {old:.0f} → {new:.0f}")
+    sentences = [f"{sentence}: {', '.join(parts)}." if parts else f"{sentence}."]
+    gains = 100 * (after.iou[j, 1:] - before.iou[i, 1:])
+    if not np.isnan(gains).all():
+        most, least = int(np.nanargmax(gains)), int(np.nanargmin(gains))
+        sentences.append(
+            f"{(gains > 0).sum()} of {(~np.isnan(gains)).sum()} classes gain; "
+            f"most: {classes[most]} ({gains[most]:+.1f}), "
+            f"least: {classes[least]} ({gains[least]:+.1f})."
+        )
+    return sentences
 
 
 def print_table(
@@ -149,7 +144,7 @@ def print_table(
         titles: The names of the methods to show.
     """
     methods = [Method(titles[name], results, {}) for name, results in scores.items()]
-    shown = [key for key in COLUMNS if key not in ("miou_at_threshold", "threshold_width")]
+    shown = ("miou", "gain", "best_threshold", "precision", "recall")  # fits 80 columns
     console = Console()
     for split in dict.fromkeys(split for method in methods for split in method.results):
         scored = [method for method in methods if split in method.results]
