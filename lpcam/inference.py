@@ -91,10 +91,8 @@ class LPCAMCallback(BasePredictionWriter):
         self.weight = weight
         self.plain = [head for head in heads if head.directions is None]
         self.fitted = [head for head in heads if head.directions is not None]
-        directions = [head.directions for head in self.fitted if head.directions is not None]
-        self.directions = (
-            torch.stack(directions) if directions else weight.new_zeros(0, *weight.shape)
-        )
+        directions = [head.directions for head in heads if head.directions is not None]
+        self.directions = torch.stack(directions) if directions else weight[None, :0]
         self.offsets = torch.tensor([head.offset for head in self.fitted])
 
     def write_on_batch_end(
