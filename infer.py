@@ -9,12 +9,15 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from lpcam.entry import build, command_line, run
+from lpcam.entry import build, command_line, job, run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="infer")
+@job
 def main(cfg: DictConfig) -> float | None:
     """Run every stage; return LPCAM's mIoU on the last split."""
+    import pytorch_lightning as pl
+
     from lpcam import pipeline
     from lpcam.backbones import build_backbone
     from lpcam.classifier import load_classifier
@@ -27,6 +30,7 @@ def main(cfg: DictConfig) -> float | None:
     make_trainer = build(cfg.trainer)
     dataset = build(cfg.dataset)
     dataset.prepare()
+    pl.seed_everything(cfg.seed, verbose=False)
     backbone = build_backbone(cfg.backbone.name, cfg.backbone.weights)
     ckpt = cfg.ckpt
     if ckpt is None:
@@ -127,7 +131,9 @@ def main(cfg: DictConfig) -> float | None:
     )
     logger = build(cfg.logger) if cfg.logger else None
     try:
-        log_results(logger, config, metrics, sorted((output / "figures").glob("*.png")))
+        if logger:
+            logger.log_hyperparams(config)
+            log_results(logger, metrics, sorted((output / "figures").glob("*.png")))
     finally:
         finish(logger)
     write_atomically(

@@ -9,10 +9,11 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from lpcam.entry import build, run
+from lpcam.entry import build, job, run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@job
 def main(cfg: DictConfig) -> float | None:
     """Train, unless the store holds this classifier; return its validation mAP."""
     import pytorch_lightning as pl
@@ -20,7 +21,7 @@ def main(cfg: DictConfig) -> float | None:
     from lpcam import pipeline
     from lpcam.backbones import build_backbone
     from lpcam.classifier import Classifier
-    from lpcam.reporting.tracking import finish, log_results
+    from lpcam.reporting.tracking import finish
     from lpcam.store import write_atomically
 
     dataset = build(cfg.dataset)
@@ -45,6 +46,8 @@ def main(cfg: DictConfig) -> float | None:
     )
     logger = build(cfg.logger) if cfg.logger else None
     try:
+        if logger:
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
         metrics = pipeline.train(
             Path(cfg.paths.store),
             stage,
@@ -52,13 +55,13 @@ def main(cfg: DictConfig) -> float | None:
             dataset,
             classifier,
             epochs=cfg.classifier.epochs,
+            validate_every=cfg.classifier.validate_every,
             batch_size=cfg.classifier.batch_size,
             long_side=cfg.classifier.long_side,
             crop=cfg.classifier.crop,
             num_workers=cfg.num_workers,
             logger=logger,
         )
-        log_results(logger, OmegaConf.to_container(cfg, resolve=True), metrics)
     finally:
         finish(logger)
     write_atomically(Path(cfg.paths.output) / "metrics.json", json.dumps(metrics, indent=1))

@@ -3,6 +3,7 @@
 Imports nothing heavy, so that ``--help`` and a mistyped override answer at once.
 """
 
+import functools
 import logging
 import os
 import re
@@ -11,16 +12,18 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lpcam.errors import InputError
 
+USER_ERRORS = (InputError, HydraException, OmegaConfBaseException)
 ALLOWED_MODULES = ("lpcam", "pytorch_lightning")
 
 
@@ -33,21 +36,51 @@ def run(main: Callable[[], Any], project_root: Path) -> None:
         main: The function that ``hydra.main`` decorated.
         project_root: The folder that holds ``experiments``.
     """
-    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself
     OmegaConf.register_new_resolver("project_root", lambda: str(project_root), replace=True)
     logging.captureWarnings(True)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # Advice of Lightning's that is meant for training on pictures, not for a head on features.
-    advice = "does not have many workers|number of training batches|infer the batch indices"
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    # Lightning's advice is meant for training on pictures, not for a head on features; the pytree
+    # notice is about its own code.
+    advice = "many workers|number of training batches|infer the batch indices|LeafSpec"
     warnings.filterwarnings("ignore", f".*({advice}).*")
+    if _wants_traceback():
+        main()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints many lines and exits by itself
     try:
         main()
-    except (InputError, HydraException, OmegaConfBaseException) as error:
-        if show_traceback:
-            raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+    except USER_ERRORS as error:
+        _exit(error)
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = "0"
+
+
+def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """Decorate what ``hydra.main`` runs: a mistake of the user's ends a single run with one line.
+
+    A job of a sweep raises it instead, so that the other jobs go on.
+    """
+
+    @functools.wraps(function)
+    def run_one(cfg: DictConfig) -> Any:
+        try:
+            return function(cfg)
+        except USER_ERRORS as error:
+            # Hydra would print a line of its own before raising this.
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            _exit(error)
+
+    return run_one
+
+
+def _wants_traceback() -> bool:
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def _exit(error: Exception) -> NoReturn:
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+    sys.exit(1)
 
 
 def command_line(program: str, groups: Sequence[str] | None = None) -> str:

@@ -150,6 +150,7 @@ def train(
     classifier: Classifier,
     *,
     epochs: int,
+    validate_every: int,
     batch_size: int,
     long_side: tuple[int, int] | None,
     crop: int | None,
@@ -167,6 +168,7 @@ def train(
         dataset: The data.
         classifier: An untrained classifier.
         epochs: Passes over the training split.
+        validate_every: Epochs between validations; a checkpoint is written after each.
         batch_size: Pictures a step.
         long_side: See :class:`~lpcam.data.transforms.TrainTransform`; unused when frozen.
         crop: Likewise.
@@ -214,10 +216,14 @@ def train(
                 )
                 for index, pictures in enumerate(splits)
             ]
-        checkpoint = ModelCheckpoint(folder, "last", enable_version_counter=False)
+        checkpoint = ModelCheckpoint(
+            folder, "last", enable_version_counter=False, every_n_epochs=validate_every
+        )
         trainer = make_trainer(
             max_epochs=epochs,
-            logger=logger,
+            check_val_every_n_epoch=validate_every,
+            num_sanity_val_steps=0,
+            logger=logger or False,
             callbacks=[checkpoint, *([LearningRateMonitor("step")] if logger else [])],
         )
         last = folder / "last.ckpt"

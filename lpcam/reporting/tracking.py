@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pytorch_lightning.loggers import Logger, WandbLogger
 
@@ -33,16 +32,8 @@ def wandb_logger(
     )
 
 
-def log_results(
-    logger: Logger | None,
-    config: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    figures: Sequence[Path] = (),
-) -> None:
-    """Log a finished run: its config, its metrics and, to W&B, its figures."""
-    if logger is None:
-        return
-    logger.log_hyperparams(dict(config))
+def log_results(logger: Logger, metrics: Mapping[str, float], figures: Sequence[Path]) -> None:
+    """Log a finished run's metrics and, to W&B, its figures."""
     logger.log_metrics(dict(metrics))
     if isinstance(logger, WandbLogger):
         for figure in figures:
