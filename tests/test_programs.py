@@ -77,10 +77,11 @@ def test_infer_writes_everything_and_scores_it(program, own: Path) -> None:
             assert tuple(seed["size"]) == picture.size[::-1]
             height, width = ((side - 1) // 4 + 1 for side in seed["size"])
             assert seed["maps"].shape == (len(seed["keys"]), height, width)
+            values = {0, *(seed["keys"] + 1)}
         mask = Image.open(run / "masks" / f"{image_id}.png")
         assert mask.mode == "P"
         assert mask.size == picture.size
-        assert set(np.unique(np.asarray(mask))) <= {0, *(seed["keys"] + 1)}
+        assert set(np.unique(np.asarray(mask))) <= values
 
     values = metrics(own, "run")
     assert all(0 <= value <= 1 for value in values.values())
@@ -155,9 +156,7 @@ def test_killed_training_goes_on_from_its_checkpoint(program, tmp_path: Path) ->
     outcome = program("train", *TINY, *long, "logger=csv", *at(tmp_path, "resumed"))
     assert outcome.status == 0, outcome.stderr
     with (tmp_path / "resumed" / "csv" / "metrics.csv").open() as file:
-        epochs = [
-            int(row["epoch"]) for row in csv.DictReader(file) if row["val/map"]
-        ]  # other rows hold steps
+        epochs = [int(row["epoch"]) for row in csv.DictReader(file) if row["val/map"]]
     assert epochs == list(range(reached + 2, 200, 2))
     assert torch.load(checkpoint(tmp_path), weights_only=True)["epoch"] == 199
 
