@@ -260,7 +260,9 @@ def test_an_empty_split_is_named(program, own: Path) -> None:
 
 @pytest.mark.parametrize("logger", ["csv", "tensorboard", "wandb"])
 def test_loggers_keep_the_metrics(program, own: Path, logger: str, monkeypatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(own / "no-netrc"))
     outcome = program("infer", *TINY, *TINY_INFER, f"logger={logger}", *at(own))
     assert outcome.status == 0, outcome.stderr
     folder = own / "run" / logger

@@ -26,6 +26,7 @@ def wandb_logger(
     os.environ.setdefault("WANDB_SILENT", "true")
     Path(folder).mkdir(parents=True, exist_ok=True)
     if offline:
+        wandb.teardown()  # the question above would count as an attempt to be online
         print(f"W&B: not logged in, recording offline; send it with  wandb sync {folder}/wandb/*")
     return WandbLogger(
         project=project, save_dir=folder, offline=offline, group=group, tags=list(tags)
