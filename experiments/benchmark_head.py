@@ -57,7 +57,7 @@ def main() -> None:
     rows = [
         "`python experiments/benchmark_head.py`",
         "",
-        f"{backbone.name}, 375x500, one view, {CLASSES} classes, {OWN} + {CONTEXT} prototypes each; "
+        f"{backbone.name}, 375x500, one view, {CLASSES} classes, {OWN} + {CONTEXT} prototypes; "
         f"median of {ROUNDS} interleaved rounds. {platform.machine()}, {torch.get_num_threads()} "
         f"threads, torch {torch.__version__}.",
         "",

@@ -14,6 +14,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -52,6 +53,10 @@ class Backbone(nn.Module):
         depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in network.modules())
         self._format = torch.channels_last if depthwise else torch.contiguous_format
         self.to(memory_format=self._format)
+        # Patches of a fixed size have to fill the picture; timm pads for some networks only.
+        embed = getattr(network, "patch_embed", None)
+        self._patch: tuple[int, int] = getattr(embed, "patch_size", (1, 1))
+        self.train()
 
     def forward(self, images: Tensor) -> Tensor:
         """Local features.
@@ -62,11 +67,14 @@ class Backbone(nn.Module):
         Returns:
             Features ``(B, D, h, w)``; those of a transformer are its patch tokens.
         """
+        grid = [
+            -(-side // patch) for side, patch in zip(images.shape[2:], self._patch, strict=True)
+        ]
+        missing = [n * p - s for n, p, s in zip(grid, self._patch, images.shape[2:], strict=True)]
+        if any(missing):
+            images = F.pad(images, (0, missing[1], 0, missing[0]))
         features = self.network.forward_features(images.contiguous(memory_format=self._format))
         if features.ndim == 3:
-            patch = self.network.patch_embed.patch_size
-            # A picture that is no multiple of the patch is padded.
-            grid = tuple(-(-side // p) for side, p in zip(images.shape[2:], patch, strict=True))
             tokens = features[:, self.network.num_prefix_tokens :]
             return tokens.transpose(1, 2).unflatten(2, grid)
         return features if features.shape[1] == self.dim else features.permute(0, 3, 1, 2)
@@ -75,7 +83,7 @@ class Backbone(nn.Module):
         """Switch between training and evaluation, BatchNorm excepted."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
 
@@ -90,7 +98,7 @@ class Backbone(nn.Module):
 
 
 def build_backbone(name: str, weights: str | None = "imagenet") -> Backbone:
-    """Build a backbone of stride 16 (that of its patches for a transformer).
+    """Build a backbone, of stride 16 where the network allows it.
 
     Args:
         name: ``efficientnet_lite0``, ``efficientnet_lite2``, ``resnet50``, or any name of timm's.
@@ -117,11 +125,27 @@ def build_backbone(name: str, weights: str | None = "imagenet") -> Backbone:
         load_weights(network, _package_weights(package))
     elif weights is not None and not download:
         load_weights(network, Path(weights).expanduser())
-    # The lite networks were trained on pictures scaled to -1..1, whatever timm's table says.
-    half = (0.5, 0.5, 0.5)
     config = network.pretrained_cfg
-    mean, std = (half, half) if package else (tuple(config["mean"]), tuple(config["std"]))
-    return Backbone(name, network, mean, std)
+    backbone = Backbone(name, network, tuple(config["mean"]), tuple(config["std"]))
+    _try(backbone)
+    return backbone
+
+
+def _try(backbone: Backbone) -> None:
+    """Run a backbone once: some networks of timm's take pictures of one size only, or no grid."""
+    try:
+        with torch.no_grad():
+            shape = backbone(torch.zeros(1, 3, 96, 132)).shape
+    except Exception as error:
+        raise InputError(
+            f"backbone.name={backbone.name}: does not take pictures of any size "
+            f"({type(error).__name__}); choose a convolutional network, a ViT or Swin"
+        ) from error
+    if len(shape) != 4 or shape[1] != backbone.dim:
+        raise InputError(
+            f"backbone.name={backbone.name}: gives {tuple(shape)} instead of a grid of "
+            f"{backbone.dim} channels; choose another"
+        )
 
 
 def _create(timm_name: str, *, pretrained: bool) -> Any:
@@ -171,11 +195,16 @@ def load_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:80]
         raise InputError(
-            f"{path}: not plain weights ({type(error).__name__}: {reason}); save a state_dict only"
+            f"{path}: damaged, or holds more than plain weights ({type(error).__name__}); "
+            "give a file that torch.save made of a state_dict"
         ) from error
-    return state.get("state_dict", state)
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise InputError(f"{path}: holds no weights by name; give a state_dict or a checkpoint")
+    return state
 
 
 def load_weights(network: Any, path: Path) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lpcam.errors import InputError
 
@@ -103,6 +103,9 @@ def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         lines = [*lines[:1], *str(error.__cause__).splitlines()[:1]]
+    if isinstance(error, InputError):
+        # From a process that decodes pictures it comes with that process's traceback before it.
+        lines = [lines[-1].removeprefix(f"{InputError.__module__}.InputError: ")]
     return " ".join(lines[:2])
 
 
@@ -114,11 +117,21 @@ def build(node: DictConfig, **kwargs: Any) -> Any:
         **kwargs: Further arguments.
 
     Raises:
-        InputError: Its target lies outside the allowed modules; it is not called.
+        InputError: A value is missing, or the target lies outside the allowed modules and is not
+            called.
     """
-    plain = OmegaConf.to_container(node, resolve=True)
+    try:
+        plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        name = node._get_full_key(error.full_key)
+        raise InputError(f"{name}: needs a value; add {name}=... to the command") from error
     _check_targets(plain)
-    return instantiate(plain, _convert_="all", **kwargs)
+    try:
+        return instantiate(plain, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
 
 
 def _check_targets(value: Any) -> None:

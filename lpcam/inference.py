@@ -128,6 +128,8 @@ class LPCAMCallback(BasePredictionWriter):
             batch, picture by picture.
         """
         present = labels.any(0).nonzero()[:, 0]
+        if not len(present):
+            return self.weight.new_zeros(len(self.plain + self.fitted), 0, *grid_size(size))
         wanted = labels[:, present]
         scales = [self._rectified(views, present)[:, wanted] for views in features]
         merged = merge_scales([maps.flatten(0, 1) for maps in scales], grid_size(size))
@@ -137,10 +139,10 @@ class LPCAMCallback(BasePredictionWriter):
         """Maps of one scale after ReLU, for M heads and P classes: ``(M, B, P, h, w)``."""
         maps = []
         if self.plain:
-            cam = class_activation_map(views.flatten(0, 1), self.weight[present].to(views))
+            cam = class_activation_map(views.flatten(0, 1), self.weight.to(views)[present])
             maps.append(cam.unflatten(0, views.shape[:2]).sum(0, keepdim=True))
         if self.fitted:
-            directions = self.directions[:, present].to(views)
+            directions = self.directions.to(views)[:, present]
             signed = local_prototype_map(views.sum(0), directions.flatten(0, 1))
             signed = signed.unflatten(1, directions.shape[:2]).transpose(0, 1)
             maps.append((signed + self.offsets.to(views)[:, None, None, None, None]).relu())

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from lpcam.errors import InputError
 
+# Elements up to which all rows are converted to single precision at once (1 GiB): converting
+# them chunk by chunk again in each iteration takes several times as long as the products.
+IN_MEMORY = 2**28
+
 
 @dataclass(frozen=True)
 class KMeansResult:
@@ -49,7 +53,7 @@ def spherical_kmeans(
     own centre worst.
 
     Args:
-        x: Rows ``(N, D)``; half precision is converted chunk by chunk.
+        x: Rows ``(N, D)``; half precision is converted, chunk by chunk if there are many.
         k: Number of clusters.
         init: Initial centres ``(k, D)``; k-means++ when absent.
         seed: Seed of k-means++.
@@ -64,6 +68,8 @@ def spherical_kmeans(
     Raises:
         InputError: There are fewer non-zero rows than clusters.
     """
+    if x.numel() <= IN_MEMORY:
+        x = x.float()
     norm = torch.cat([torch.linalg.vector_norm(c.float(), dim=1) for c in x.split(chunk_size)])
     nonzero = norm > 0
     available = int(nonzero.sum())

@@ -30,7 +30,7 @@ from lpcam.inference import FeatureCallback, LPCAMCallback, MapHead
 from lpcam.prototypes import SIDES, Centers, Prototypes, class_score, fit_centers
 from lpcam.reporting.report import PrototypeView
 from lpcam.seeds import load_seed, save_mask, seed_mask
-from lpcam.store import Stage, file_digest
+from lpcam.store import Stage
 
 MakeTrainer = Callable[..., pl.Trainer]
 
@@ -229,6 +229,7 @@ def train(
         last = folder / "last.ckpt"
         resume = str(last) if last.is_file() else None
         trainer.fit(classifier, loaders[0], loaders[1], ckpt_path=resume, weights_only=True)
+        trainer.save_checkpoint(last)
         return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
@@ -372,7 +373,7 @@ def score(
 ) -> SegmentationResult | None:
     """Compare maps with the true masks, at every threshold; None without any mask."""
     pictures = dataset.pictures(split)
-    masks = [file_digest(picture.mask_path) for picture in pictures if picture.mask_path]
+    masks = [digest for p in pictures if (digest := dataset.mask_digest(p))]
     if not masks:
         return None
     stage = Stage(store, "scores", {"maps": found.key, "masks": masks, "bins": 100})
@@ -386,8 +387,9 @@ def score(
                 seed = load_seed(found.folder / f"{picture.id}.npz")
                 if mask.shape != seed.size:
                     raise InputError(
-                        f"{picture.mask_path}: mask of {mask.shape[1]}x{mask.shape[0]} pixels, "
-                        f"picture of {seed.size[1]}x{seed.size[0]}; give its own mask"
+                        f"{picture.mask_path or picture.id}: mask of {mask.shape[1]}x"
+                        f"{mask.shape[0]} pixels, picture of {seed.size[1]}x{seed.size[0]}; "
+                        "give its own mask"
                     )
                 total.update(seed.full_size(), seed.keys, mask)
             np.save(folder / "histogram.npy", total.histogram)

@@ -6,7 +6,7 @@ class's features are in memory.
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lpcam.errors import InputError
-from lpcam.functional import class_activation_map, normalize_maps, prototype_directions
+from lpcam.functional import class_activation_map, normalize_maps
 from lpcam.kmeans import spherical_kmeans
-
-SIDES = ("class", "context")
+from lpcam.prototype_head import transform
+from lpcam.prototype_set import SIDES, Prototypes
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Centers:
     Attributes:
         centers: Raw means ``(C, 2, K, D)``; side 0 foreground, side 1 context. All zero for a class
             that was skipped.
-        counts: Features in each cluster ``(C, 2, K)``.
+        counts: Features in each cluster ``(C, 2, K)``; 0 where there is no cluster.
         nearest: The features nearest to each centre, best first, at most one a picture:
             ``(C, 2, K, n, 3)`` picture index, grid row, grid column; -1 where there is none.
     """
@@ -64,42 +64,12 @@ class Centers:
             return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
-@dataclass(frozen=True)
-class Prototypes:
-    """The selected prototypes of every class.
-
-    Attributes:
-        classes: Names of the C classes.
-        own: For each class its prototypes ``(P_c, D)``.
-        context: For each class its context prototypes ``(Q_c, D)``.
-        indices: For each class, which centres they are: of the foreground, of the context.
-    """
-
-    classes: tuple[str, ...]
-    own: tuple[Tensor, ...]
-    context: tuple[Tensor, ...]
-    indices: tuple[tuple[list[int], list[int]], ...]
-
-    def directions(self, use: str = "both") -> Tensor:
-        """Directions ``(C, D)`` of the prototypes of ``class``, of ``context`` or of ``both``."""
-        if use not in ("both", *SIDES):
-            raise InputError(f"prototypes.use={use}: unknown; choose both, class or context")
-        none = [own[:0] for own in self.own]
-        return prototype_directions(
-            none if use == "context" else self.own, none if use == "class" else self.context
-        )
-
-    def save(self, path: Path) -> None:
-        """Write one safetensors file: a tensor per class and side, class names in its header."""
-        tensors = {}
-        for name, *sides in zip(self.classes, self.own, self.context, strict=True):
-            for side, tensor in zip(SIDES, sides, strict=True):
-                tensors[f"{name}/{side}"] = tensor.contiguous()
-        save_file(tensors, path, {"schema": "1", "classes": "\n".join(self.classes)})
-
-
 def split_features(
-    read: Callable[[int], np.ndarray], pictures: Sequence[int], weight: Tensor, tau: float
+    read: Callable[[int], np.ndarray],
+    pictures: Sequence[int],
+    weight: Tensor,
+    tau: float,
+    transform: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[LocalFeatures, LocalFeatures]:
     """Split the local features of one class's pictures by the class's own CAM.
 
@@ -109,19 +79,29 @@ def split_features(
         weight: The class's weights ``(D,)``.
         tau: Where the CAM, in 0..1, reaches it lies foreground; context elsewhere. Context includes
             other classes in the same pictures, as in the paper.
+        transform: Applied to features ``(n, D)`` once they are split; nothing by default.
 
     Returns:
         Foreground and context.
+
+    Raises:
+        InputError: Features are infinite or NaN.
     """
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])
     places: tuple[list[Tensor], list[Tensor]] = ([], [])
     for index in pictures:
         local = torch.from_numpy(read(index))
+        if not local.isfinite().all():
+            raise InputError(
+                f"features of picture {index}: not finite in half precision; "
+                "check the picture and the model"
+            )
         cam = class_activation_map(local.float().permute(2, 0, 1)[None], weight[None])
         foreground = normalize_maps(cam)[0, 0] >= tau
         for side, chosen in enumerate((foreground, ~foreground)):
             place = chosen.nonzero().int()
-            rows[side].append(local[chosen])
+            own = local[chosen]
+            rows[side].append(own if transform is None else transform(own.float()).half())
             places[side].append(F.pad(place, (1, 0), value=index))
     sides = [LocalFeatures(torch.cat(r), torch.cat(p)) for r, p in zip(rows, places, strict=True)]
     return sides[0], sides[1]
@@ -163,6 +143,7 @@ def fit_centers(
     seed: int = 0,
     max_iter: int = 100,
     allow_missing: bool = False,
+    transform: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> Centers:
     """Collect and cluster, class by class (section 3.2 of the paper).
@@ -176,11 +157,14 @@ def fit_centers(
         tau: Threshold of the split.
         seed: Seed of the clustering.
         max_iter: Upper bound on its iterations.
-        allow_missing: Skip a class without pictures instead of failing.
+        allow_missing: Skip a class without pictures instead of failing, and make as many clusters
+            as there are features where these are fewer than k.
+        transform: See :func:`split_features`.
         progress: Show a bar.
 
     Raises:
-        InputError: A class has no picture, or fewer features than clusters.
+        InputError: Unless ``allow_missing``, a class has no picture, or a side of it fewer features
+            than clusters.
     """
     num_classes, dim = weight.shape
     centers = torch.zeros(num_classes, 2, k, dim)
@@ -195,13 +179,16 @@ def fit_centers(
                 f"class {name!r} has no picture to learn prototypes from; "
                 "add some or set prototypes.allow_missing=true"
             )
-        sides = split_features(read, pictures.tolist(), weight[c], tau)
+        sides = split_features(read, pictures.tolist(), weight[c], tau, transform)
         for side, features in enumerate(sides):
+            n = min(k, int(features.rows.any(1).sum())) if allow_missing else k
+            if allow_missing and n == 0:
+                continue
             try:
-                fitted = cluster(features, k, seed=seed, max_iter=max_iter)
+                fitted = cluster(features, n, seed=seed, max_iter=max_iter)
             except InputError as error:
                 raise InputError(f"prototypes of class {name!r}, {SIDES[side]}: {error}") from error
-            centers[c, side], counts[c, side], nearest[c, side] = fitted
+            centers[c, side, :n], counts[c, side, :n], nearest[c, side, :n] = fitted
     return Centers(centers, counts, nearest)
 
 
@@ -267,7 +254,8 @@ def select(
         filled = centers.counts[c] > 0
         keep = filled[0] & select_prototypes(foreground, weight, c, minimum=class_minimum)
         if filled[0].any() and not keep.any():
-            score = class_score(foreground, weight, c)
+            # An empty cluster's zero centre would score 1 / C.
+            score = class_score(foreground, weight, c).where(filled[0], 0)
             keep[score.argmax()] = True
             warnings.warn(
                 f"class {name!r}: no prototype scores above {class_minimum}, "
@@ -281,3 +269,70 @@ def select(
         context.append(background[keep_context])
         indices.append((keep.nonzero()[:, 0].tolist(), keep_context.nonzero()[:, 0].tolist()))
     return Prototypes(tuple(classes), tuple(own), tuple(context), tuple(indices))
+
+
+def fit_prototypes(
+    read: Callable[[int], np.ndarray],
+    labels: np.ndarray,
+    weight: Tensor,
+    classes: Sequence[str],
+    *,
+    k: int,
+    signed: str,
+    activation: float,
+    class_score: float,
+    context_score: float,
+    context_floor: float | None,
+    seed: int,
+    max_iter: int,
+    progress: bool = False,
+) -> tuple[Centers, Prototypes]:
+    """Collect, cluster and select with one set of settings, leaving out classes without pictures.
+
+    Args:
+        read: As for :func:`fit_centers`, like the arguments up to ``k``.
+        labels: Image labels ``(N, C)``, at least one of them set.
+        weight: Class weights ``(C, D)``.
+        classes: Names of the C classes.
+        k: Clusters on each side, fewer where there are fewer features.
+        signed: What happens to features that may be negative, see
+            :func:`~lpcam.prototype_head.transform`. The split by CAM uses them as they are; the
+            score of a centre is that of the centre of transformed features.
+        activation: Threshold of the split.
+        class_score: The paper's mu_f.
+        context_score: The paper's mu_b.
+        context_floor: Lower bound on the score of context; None for none.
+        seed: Seed of the clustering.
+        max_iter: Upper bound on its iterations.
+        progress: Show a bar.
+
+    Returns:
+        All centres, and the prototypes among them.
+    """
+    mean = None
+    if signed == "center":
+        shown = np.flatnonzero(labels.any(1)).tolist()
+        means = [read(index).mean((0, 1), dtype=np.float64) for index in shown]
+        mean = torch.from_numpy(np.mean(means, 0)).float()
+    centers = fit_centers(
+        read,
+        labels,
+        weight,
+        classes,
+        k=k,
+        tau=activation,
+        seed=seed,
+        max_iter=max_iter,
+        allow_missing=True,
+        transform=None if signed == "keep" else lambda rows: transform(rows, signed, mean),
+        progress=progress,
+    )
+    prototypes = select(
+        centers,
+        weight,
+        classes,
+        class_minimum=class_score,
+        context_maximum=context_score,
+        context_minimum=context_floor,
+    )
+    return centers, replace(prototypes, mean=mean)

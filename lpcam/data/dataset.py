@@ -11,6 +11,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lpcam.errors import InputError
+from lpcam.store import file_digest
+
+IGNORED = 255
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,13 @@ class Picture:
         id: Name within the data set; also the name of every file made from it.
         path: The image file.
         labels: Indices of the classes it shows, ascending; from image labels, never from masks.
-        mask_path: The mask, if there is one; for scoring only.
+            None where nobody published them, as for VOC's test pictures.
+        mask_path: The mask's file, if it has one of its own; for scoring only.
     """
 
     id: str
     path: Path
-    labels: tuple[int, ...]
+    labels: tuple[int, ...] | None
     mask_path: Path | None = None
 
 
@@ -59,8 +63,22 @@ class SegmentationDataset(ABC):
         self.prototype_split = prototype_split
         self.map_splits = tuple(map_splits)
 
-    def prepare(self) -> None:  # noqa: B027 - nothing to do is the common case
-        """Make the data set ready to read. Data that a user brings needs nothing."""
+    @property
+    def used_splits(self) -> tuple[str, ...]:
+        """Every split that the settings name, each once."""
+        named = (self.train_split, self.val_split, self.prototype_split, *self.map_splits)
+        return tuple(dict.fromkeys(named))
+
+    def prepare(self) -> None:
+        """Make sure that every split in use can be read, before anything is computed.
+
+        Opens lists, annotations and folders, but no picture and no mask.
+
+        Raises:
+            InputError: Something is missing or wrong.
+        """
+        for split in self.used_splits:
+            multi_hot(self.pictures(split), len(self.classes))
 
     @abstractmethod
     def pictures(self, split: str) -> list[Picture]:
@@ -74,12 +92,30 @@ class SegmentationDataset(ABC):
         """The true mask ``(H, W)`` uint8 (0 background, class index + 1, 255 ignored), or None.
 
         Raises:
-            InputError: The mask cannot be read.
+            InputError: The mask cannot be read, is no 8-bit palette or greyscale image, or holds
+                a number that is no class's.
         """
         if picture.mask_path is None:
             return None
         with open_image(picture.mask_path) as image:
-            return np.asarray(image)
+            # One bit a pixel is refused too: 1 may mean the first class, or white, which is 255.
+            if image.mode not in ("P", "L"):
+                raise InputError(
+                    f"{picture.mask_path}: mask of mode {image.mode}; save class numbers as an "
+                    "8-bit palette or greyscale PNG"
+                )
+            mask = np.asarray(image)
+        unknown = mask[(mask > len(self.classes)) & (mask != IGNORED)]
+        if unknown.size:
+            raise InputError(
+                f"{picture.mask_path}: holds {unknown[0]}, but there are {len(self.classes)} "
+                "classes; correct it, or mark unknown pixels 255"
+            )
+        return mask
+
+    def mask_digest(self, picture: Picture) -> str | None:
+        """Hash of what :meth:`mask` reads, or None without a mask."""
+        return file_digest(picture.mask_path) if picture.mask_path else None
 
 
 def open_image(path: Path, *, decode: bool = True) -> Image.Image:
@@ -101,6 +137,20 @@ def open_image(path: Path, *, decode: bool = True) -> Image.Image:
     return image
 
 
+def open_picture(path: Path) -> Image.Image:
+    """Open a picture as RGB, whatever it is stored as.
+
+    An EXIF rotation is ignored: masks and boxes belong to the pixels as they are stored.
+
+    Raises:
+        InputError: The file is missing, damaged, no image, or has more than 8 bits a channel.
+    """
+    image = open_image(path)
+    if image.mode[0] in "IF":
+        raise InputError(f"{path}: picture of mode {image.mode}; convert it to 8 bits a channel")
+    return image.convert("RGB")
+
+
 def fingerprint(pictures: Sequence[Picture]) -> str:
     """Hash what a computation sees of these pictures: ids, labels, and the files' size and time.
 
@@ -114,8 +164,17 @@ def fingerprint(pictures: Sequence[Picture]) -> str:
 
 
 def multi_hot(pictures: Sequence[Picture], num_classes: int) -> np.ndarray:
-    """Image labels as an array ``(N, C)`` float32 of zeros and ones."""
+    """Image labels as an array ``(N, C)`` float32 of zeros and ones.
+
+    Raises:
+        InputError: A picture's labels are not known.
+    """
     labels = np.zeros((len(pictures), num_classes), np.float32)
     for row, picture in enumerate(pictures):
+        if picture.labels is None:
+            raise InputError(
+                f"{picture.path}: has no image labels, as VOC publishes none for test; training, "
+                "clustering and maps need them, so use another split"
+            )
         labels[row, list(picture.labels)] = 1
     return labels

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lpcam.data.dataset import Picture, multi_hot, open_image
+from lpcam.data.dataset import Picture, multi_hot, open_image, open_picture
 from lpcam.data.transforms import TrainTransform, normalize, rescale
 
 
@@ -67,7 +67,7 @@ class _ViewBatches(Dataset[ViewBatch]):
 
     def __getitem__(self, index: int) -> ViewBatch:
         chosen = [self.pictures[i] for i in self.batches[index]]
-        images = [open_image(picture.path).convert("RGB") for picture in chosen]
+        images = [open_picture(picture.path) for picture in chosen]
         return {
             "ids": [picture.id for picture in chosen],
             "labels": self.labels[self.batches[index]],
@@ -119,8 +119,7 @@ class _TrainPictures(Dataset[tuple[Tensor, Tensor]]):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = open_image(self.pictures[index].path).convert("RGB")
-        return self.transform(image), self.labels[index]
+        return self.transform(open_picture(self.pictures[index].path)), self.labels[index]
 
 
 def train_loader(

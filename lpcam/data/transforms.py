@@ -12,9 +12,9 @@ from torch import Tensor
 def rescale(image: Image.Image, scale: float) -> Image.Image:
     """Resize a picture by a factor, bicubic with antialiasing.
 
-    Sides round half to even, as ``np.round`` does in the published code.
+    Sides round half to even, as ``np.round`` does in the published code, but never to nothing.
     """
-    width, height = (int(np.round(side * scale)) for side in image.size)
+    width, height = (max(1, int(np.round(side * scale))) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 

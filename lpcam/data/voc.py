@@ -4,8 +4,10 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lpcam.data.dataset import Picture, SegmentationDataset
+from lpcam.data.files import check_name, file_names, missing_files, read_lines
 from lpcam.errors import InputError
 
 CLASSES = (
@@ -18,45 +20,121 @@ CLASSES = (
 class VOC(SegmentationDataset):
     """A tree of JPEGImages, Annotations, SegmentationClass and ImageSets/Segmentation.
 
-    Image labels come from the annotation files alone, objects marked difficult included, as the
-    published recipes have it.
+    Image labels come from the annotation files alone. A split is a list in
+    ImageSets/Segmentation; pictures of ``test`` have no labels, for VOC keeps them to itself. The
+    masks of ``train_aug`` come from SegmentationClassAug where that has them.
 
     Args:
         root: The folder that holds those four.
         classes: Class names in the order of the mask values.
+        difficult: Whether an object marked difficult gives its picture a label; it does in the
+            published recipes.
+        train_aug_list: The list of ``train_aug``, which VOC itself does not have. By default
+            ``train_aug.txt`` or ``trainaug.txt`` among the other lists. A line names a picture,
+            or is a pair of paths, of which only the picture's name is read.
         **splits: See :class:`~lpcam.data.dataset.SegmentationDataset`.
     """
 
     def __init__(
-        self, root: str | Path, classes: Sequence[str] = CLASSES, **splits: str | Sequence[str]
+        self,
+        root: str | Path,
+        classes: Sequence[str] = CLASSES,
+        *,
+        difficult: bool = True,
+        train_aug_list: str | Path | None = None,
+        **splits: Any,
     ) -> None:
-        super().__init__(root, classes, **splits)  # type: ignore[arg-type]
+        super().__init__(root, classes, **splits)
+        self.difficult = difficult
+        self.train_aug_list = train_aug_list
+        # A split of train_aug's size has 10,582 annotation files: read them once.
+        self._pictures: dict[str, list[Picture]] = {}
 
     def pictures(self, split: str) -> list[Picture]:  # noqa: D102 - inherited
-        path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
-        if not path.is_file():
-            raise InputError(f"{path}: no such split; give dataset.root or another split")
-        ids = path.read_text().split()
-        if not ids:
-            raise InputError(f"{path}: the split is empty; list at least one picture")
-        return [self._picture(image_id, path) for image_id in ids]
+        if split not in self._pictures:
+            self._pictures[split] = self._read(split)
+        return self._pictures[split]
 
-    def _picture(self, image_id: str, listed_in: Path) -> Picture:
-        if not re.fullmatch(r"[\w-][\w.-]*", image_id):
-            raise InputError(f"{listed_in}: {image_id!r} is not a picture's name; remove it")
-        image = self.root / "JPEGImages" / f"{image_id}.jpg"
-        if not image.is_file():
-            raise InputError(f"{image}: missing, but listed in {listed_in}; add or unlist it")
-        mask = self.root / "SegmentationClass" / f"{image_id}.png"
-        return Picture(image_id, image, self._labels(image_id), mask if mask.is_file() else None)
+    def _read(self, split: str) -> list[Picture]:
+        listed_in = self._list_file(split)
+        ids = _read_ids(listed_in)
+        images, annotations = self.root / "JPEGImages", self.root / "Annotations"
+        labelled = split != "test" or not file_names(annotations).isdisjoint(
+            f"{image_id}.xml" for image_id in ids
+        )
+        needed = {images: ".jpg", annotations: ".xml"} if labelled else {images: ".jpg"}
+        lacks = [
+            missing_files(folder, [image_id + suffix for image_id in ids])
+            for folder, suffix in needed.items()
+        ]
+        if any(lacks):
+            raise InputError(
+                f"{listed_in}: {', '.join(filter(None, lacks))}; restore these files or take "
+                "them off the list"
+            )
+        masks = {}
+        for kind in ("", "Aug") if split == "train_aug" else ("",):
+            folder = self.root / f"SegmentationClass{kind}"
+            masks.update({name: folder / name for name in file_names(folder)})
+        return [
+            Picture(
+                image_id,
+                images / f"{image_id}.jpg",
+                self._labels(annotations / f"{image_id}.xml") if labelled else None,
+                masks.get(f"{image_id}.png"),
+            )
+            for image_id in ids
+        ]
 
-    def _labels(self, image_id: str) -> tuple[int, ...]:
-        path = self.root / "Annotations" / f"{image_id}.xml"
+    def _list_file(self, split: str) -> Path:
+        lists = self.root / "ImageSets" / "Segmentation"
+        if split != "train_aug":
+            remedy = "dataset.root must be the folder VOC2012, or choose another split"
+            candidates = [lists / f"{split}.txt"]
+        else:
+            remedy = (
+                "give dataset.train_aug_list, or use dataset.train_split=train "
+                "dataset.map_splits=[train]"
+            )
+            candidates = [lists / "train_aug.txt", lists / "trainaug.txt"]
+            if self.train_aug_list is not None:
+                candidates = [Path(self.train_aug_list).expanduser()]
+        for path in candidates:
+            if path.is_file():
+                return path
+        raise InputError(f"{candidates[0]}: no such split; {remedy}")
+
+    def _labels(self, path: Path) -> tuple[int, ...]:
         try:
-            names = {item.findtext("name", "") for item in ElementTree.parse(path).iter("object")}
+            objects = list(ElementTree.parse(path).iter("object"))
         except (OSError, ElementTree.ParseError) as error:
             raise InputError(f"{path}: not a readable annotation ({error}); restore it") from error
+        names = {
+            item.findtext("name", "")
+            for item in objects
+            if self.difficult or item.findtext("difficult", "0").strip() != "1"
+        }
         unknown = names.difference(self.classes)
         if unknown:
             raise InputError(f"{path}: unknown class {min(unknown)!r}; known: {self.classes}")
         return tuple(sorted(self.classes.index(name) for name in names))
+
+
+def _read_ids(path: Path) -> list[str]:
+    """Names of pictures from the lines of a list: the first word, without folder and suffix."""
+    ids: dict[str, int] = {}
+    for number, line in enumerate(read_lines(path, "restore it"), 1):
+        words = line.split()
+        if not words:
+            continue
+        image_id = re.sub(r"^.*/|\.(jpg|png)$", "", words[0])
+        check_name(image_id, f"{path} line {number}")
+        if image_id in ids:
+            raise InputError(
+                f"{path} line {number}: {image_id} is listed already in line {ids[image_id]}; "
+                "remove one"
+            )
+        ids[image_id] = number
+    if not ids:
+        raise InputError(f"{path}: the split is empty; list at least one picture")
+    return list(ids)

@@ -69,7 +69,7 @@ class GeneratedVOC(VOC):
         min_visible: float = 0.7,
         context_probability: float = 0.7,
         jpeg_quality: int = 95,
-        **splits: str | Sequence[str],
+        **splits: Any,
     ) -> None:
         check_range("seed", [seed], 0, 2**32 - 1)
         check_range("train and val", sorted([train, val]), 1, 10**6)

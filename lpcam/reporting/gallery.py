@@ -3,21 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from lpcam.data.dataset import Picture, SegmentationDataset, open_image
 from lpcam.evaluation.segmentation import IGNORED
-from lpcam.reporting.figures import new_figure, styled
+from lpcam.reporting.figures import styled
 from lpcam.reporting.scores import Method
-from lpcam.seeds import palette, seed_mask
+from lpcam.seeds import seed_mask
+from lpcam.visualize import HEAT_MAP, draw_grid, heat_overlay, mask_overlay, to_grey, to_image
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-HEAT_MAP = "inferno"  # perceptually uniform: equal steps of activation look equal
 PANEL_SIDE = 320
 
 
@@ -102,7 +98,7 @@ def choose(examples: Sequence[Example], count: int) -> dict[str, list[Example]]:
 
 def caption(example: Example, classes: Sequence[str], methods: Sequence[Method]) -> str:
     """An example in a line: the classes that its image label names, and its IoUs in percent."""
-    names = ", ".join(classes[label] for label in example.picture.labels) or "no class"
+    names = ", ".join(classes[label] for label in example.picture.labels or ()) or "no class"
     if math.isnan(example.gain):
         return names
     before, after = (
@@ -133,7 +129,7 @@ def panels(
         The picture, a heat map a method, the truth if there is one, a mask a method.
     """
     image = open_image(picture.path).convert("RGB")
-    grey = np.asarray(image.convert("L").convert("RGB"), np.float32) / 255
+    grey = to_grey(image)
     truth = dataset.mask(picture)
     heats, masks = [], []
     for method in methods:
@@ -146,33 +142,10 @@ def panels(
     shown = [("truth", mask_overlay(grey, truth))] if truth is not None else []
     result = [("picture", image)]
     for title, pixels in (*heats, *shown, *masks):
-        result.append((title, Image.fromarray((pixels * 255 + 0.5).astype(np.uint8))))
+        result.append((title, to_image(pixels)))
     for _, panel in result:
         panel.thumbnail((PANEL_SIDE, PANEL_SIDE))
     return result
-
-
-def heat_overlay(grey: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Lay a heat map over a grey picture.
-
-    Args:
-        grey: Picture ``(H, W, 3)`` in 0..1.
-        heat: Activation ``(H, W)`` in 0..1.
-
-    Returns:
-        Colours ``(H, W, 3)`` in 0..1; where nothing is activated the picture stays visible.
-    """
-    from matplotlib import colormaps
-
-    opacity = 0.35 + 0.45 * heat[..., None]
-    return (1 - opacity) * grey + opacity * colormaps[HEAT_MAP](heat)[..., :3]
-
-
-def mask_overlay(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Lay a mask in the palette's colours over a paled grey picture, as :func:`heat_overlay`."""
-    colours = np.array(palette(), np.float32).reshape(-1, 3)[mask] / 255
-    opacity = np.where(mask > 0, 0.8, 0.0)[..., None]
-    return (1 - opacity) * (0.78 + 0.22 * grey) + opacity * colours
 
 
 def heat_scale(steps: int = 9) -> list[str]:
@@ -183,27 +156,4 @@ def heat_scale(steps: int = 9) -> list[str]:
     return [to_hex(colormaps[HEAT_MAP](step / (steps - 1))) for step in range(steps)]
 
 
-@styled
-def draw_gallery(
-    title: str, rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]]
-) -> "Figure":
-    """Pictures side by side.
-
-    Args:
-        title: Above all.
-        rows: For each picture its caption and its titled panels; one column a title.
-    """
-    titles = [name for name, _ in max((shown for _, shown in rows), key=len)]
-    figure = new_figure(2 * len(titles), 0.8 + 2.2 * len(rows))
-    figure.suptitle(title, fontsize=14, fontweight="bold")
-    grid = figure.subplots(len(rows), len(titles), squeeze=False)
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-    for axes, name in zip(grid[0], titles, strict=True):
-        axes.set_title(name, fontsize=12)
-    for axes_row, (text, shown) in zip(grid, rows, strict=True):
-        for name, image in shown:
-            axes_row[titles.index(name)].imshow(np.asarray(image))
-        axes_row[0].set_xlabel(text, loc="left", fontsize=11)
-    return figure
+draw_gallery = styled(draw_grid)

@@ -1,0 +1,230 @@
+"""MS COCO 2014 and 2017: labels and masks from the instances file."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from lpcam.data.dataset import IGNORED, Picture, SegmentationDataset
+from lpcam.data.files import abbreviate, check_name, missing_files
+from lpcam.errors import InputError
+from lpcam.store import digest, is_main_process
+
+CLASSES = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
+    "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog",
+    "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella",
+    "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",
+    "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange",
+    "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant",
+    "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard", "cell phone",
+    "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors",
+    "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
+CROWD = ("background", "ignore", "foreground")
+UNLABELLED = ("keep", "drop")
+
+
+@dataclass(frozen=True)
+class _Instances:
+    """An instances file.
+
+    Attributes:
+        index: pycocotools' index of it.
+        images: Its records of pictures by file name, in its order.
+        labels: Class index of each category id.
+    """
+
+    index: Any
+    images: dict[str, dict[str, Any]]
+    labels: dict[int, int]
+
+
+class COCO(SegmentationDataset):
+    """A tree of annotations/instances_<split><year>.json and the folders <split><year>.
+
+    A class's index is its category's place in ascending order of category ids. Masks are drawn
+    when they are asked for, in the order of the file: a later annotation lies on top.
+
+    Args:
+        root: The folder that holds those.
+        classes: Class names in ascending order of their category ids.
+        year: 2014 or 2017.
+        crowd: What a region is that is annotated as a crowd: ``background``, as if it were not
+            annotated; ``ignore``, a label of the picture, but 255 in the mask; ``foreground``, an
+            object like any other.
+        unlabelled: Whether to ``keep`` or to ``drop`` pictures without any label.
+        **splits: See :class:`~lpcam.data.dataset.SegmentationDataset`.
+
+    Raises:
+        InputError: A setting has a value that it cannot have.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        classes: Sequence[str] = CLASSES,
+        *,
+        year: int = 2014,
+        crowd: str = "background",
+        unlabelled: str = "keep",
+        **splits: Any,
+    ) -> None:
+        super().__init__(root, classes, **splits)
+        if crowd not in CROWD:
+            raise InputError(f"dataset.crowd: {crowd!r}; choose from {', '.join(CROWD)}")
+        if unlabelled not in UNLABELLED:
+            raise InputError(
+                f"dataset.unlabelled: {unlabelled!r}; choose from {', '.join(UNLABELLED)}"
+            )
+        self.year = year
+        self.crowd = crowd
+        self.unlabelled = unlabelled
+        # An instances file has up to 450 MB: read it once.
+        self._instances: dict[str, _Instances] = {}
+        self._pictures: dict[str, list[Picture]] = {}
+
+    def pictures(self, split: str) -> list[Picture]:  # noqa: D102 - inherited
+        if split not in self._pictures:
+            self._pictures[split] = self._read(f"{split}{self.year}")
+        return self._pictures[split]
+
+    def mask(self, picture: Picture) -> np.ndarray:  # noqa: D102 - inherited
+        name = picture.path.parent.name
+        instances = self._load(name)
+        image = instances.images[picture.path.name]
+        mask = np.zeros((image["height"], image["width"]), np.uint8)
+        for annotation in self._annotations(instances, image):
+            value = instances.labels[annotation["category_id"]] + 1
+            if annotation.get("iscrowd") and self.crowd == "ignore":
+                value = IGNORED
+            try:
+                mask[_region(instances.index, annotation, mask.size) > 0] = value
+            except Exception as error:  # pycocotools raises no narrower one
+                raise InputError(
+                    f"{self._file(name)}: annotation {annotation.get('id')} of {picture.id} cannot "
+                    f"be drawn ({type(error).__name__}: {error}); restore the file"
+                ) from error
+        return mask
+
+    def mask_digest(self, picture: Picture) -> str:  # noqa: D102 - inherited
+        instances = self._load(picture.path.parent.name)
+        image = instances.images[picture.path.name]
+        regions = [
+            (instances.labels[item["category_id"]], item.get("iscrowd"), item.get("segmentation"))
+            for item in self._annotations(instances, image)
+        ]
+        return digest([image["height"], image["width"], self.crowd, regions])
+
+    def _file(self, name: str) -> Path:
+        return self.root / "annotations" / f"instances_{name}.json"
+
+    def _annotations(self, instances: _Instances, image: dict[str, Any]) -> list[dict[str, Any]]:
+        """What counts of a picture's annotations, in the order of the file."""
+        return [
+            item
+            for item in instances.index.imgToAnns.get(image["id"], [])
+            if self.crowd != "background" or not item.get("iscrowd")
+        ]
+
+    def _load(self, name: str) -> _Instances:
+        if name not in self._instances:
+            path = self._file(name)
+            try:
+                self._instances[name] = self._check_index(path, _open_index(path))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise InputError(
+                    f"{path}: not an instances file ({type(error).__name__}: {error}); restore it"
+                ) from error
+        return self._instances[name]
+
+    def _check_index(self, path: Path, index: Any) -> _Instances:
+        """Make sure of the names, ids and categories that everything else relies on."""
+        ids = sorted(index.cats)
+        names = [index.cats[category]["name"] for category in ids]
+        if names != list(self.classes):
+            raise InputError(
+                f"{path}: {len(names)} categories ({abbreviate(names)}), not the "
+                f"{len(self.classes)} of dataset.classes ({abbreviate(self.classes)}); use COCO's "
+                "own file or set dataset.classes"
+            )
+        images: dict[str, dict[str, Any]] = {}
+        stems = set()
+        for image in index.dataset["images"]:
+            name = check_name(image["file_name"], f"{path}: file_name of image {image['id']}")
+            if Path(name).stem in stems or index.imgs[image["id"]] is not image:
+                raise InputError(
+                    f"{path}: image {image['id']}, {name}, has the id or the name of another; "
+                    "remove one"
+                )
+            if min(image["height"], image["width"]) < 1:
+                raise InputError(f"{path}: image {image['id']} has no pixels; restore the file")
+            stems.add(Path(name).stem)
+            images[name] = image
+        if not images:
+            raise InputError(f"{path}: the split is empty; restore the file")
+        unknown = index.catToImgs.keys() - index.cats.keys()
+        if unknown:
+            raise InputError(f"{path}: annotations of unknown category {min(unknown)}; restore it")
+        return _Instances(index, images, {category: i for i, category in enumerate(ids)})
+
+    def _read(self, name: str) -> list[Picture]:
+        instances, folder = self._load(name), self.root / name
+        lacks = missing_files(folder, list(instances.images))
+        if lacks:
+            raise InputError(f"{self._file(name)}: {lacks}; restore these files")
+        pictures = []
+        for file_name, image in instances.images.items():
+            labels = {
+                instances.labels[item["category_id"]]
+                for item in self._annotations(instances, image)
+            }
+            path = folder / file_name
+            pictures.append(Picture(path.stem, path, tuple(sorted(labels))))
+        labelled = [picture for picture in pictures if picture.labels]
+        if is_main_process():
+            Console(stderr=True, soft_wrap=True).print(
+                f"{name}: {len(pictures)} pictures, {len(pictures) - len(labelled)} of them "
+                f"without labels (dataset.unlabelled={self.unlabelled})"
+            )
+        if self.unlabelled == "keep":
+            return pictures
+        if not labelled:
+            raise InputError(f"{self._file(name)}: no picture has a label; see dataset.unlabelled")
+        return labelled
+
+
+def _open_index(path: Path) -> Any:
+    try:
+        from pycocotools import coco
+    except ImportError as error:
+        raise InputError(
+            "pycocotools: not installed, needed for dataset=coco; pip install 'lpcam[coco]'"
+        ) from error
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such split; check dataset.root, dataset.year and the splits' names"
+        )
+    try:
+        # It tells its progress on stdout.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return coco.COCO(str(path))
+    except (OSError, ValueError, AssertionError) as error:
+        raise InputError(f"{path}: not a readable instances file ({error}); restore it") from error
+
+
+def _region(index: Any, annotation: dict[str, Any], pixels: int) -> np.ndarray:
+    """Where an annotation is, ``(H, W)`` of zeros and ones."""
+    segmentation = annotation["segmentation"]
+    counts = segmentation["counts"] if isinstance(segmentation, dict) else None
+    # pycocotools would fill what runs leave out with whatever the memory holds.
+    if isinstance(counts, list) and (sum(counts) != pixels or min(counts) < 0):
+        raise ValueError(f"runs of {sum(counts)} pixels, picture of {pixels}")
+    region: np.ndarray = index.annToMask(annotation)
+    return region
