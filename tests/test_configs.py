@@ -1,0 +1,70 @@
+"""Every option of every group composes, and every ``_target_`` is a class that may be called."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from lpcam.entry import ALLOWED_MODULES
+from tests.conftest import ROOT
+
+CONF = ROOT / "conf"
+OPTIONS = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
+CASES = [
+    (program, option)
+    for program in ("train", "infer")
+    for option in OPTIONS
+    if f"- {option.parent.name}: " in (CONF / f"{program}.yaml").read_text()
+]
+
+
+@pytest.fixture(autouse=True)
+def hydra_at_conf() -> Iterator[None]:
+    OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def targets(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield value["_target_"]
+        for item in value.values():
+            yield from targets(item)
+
+
+def config(program: str, *overrides: str) -> dict[str, Any]:
+    cfg = compose(program, overrides=list(overrides))
+    return OmegaConf.to_container(cfg)
+
+
+@pytest.mark.parametrize(("program", "option"), CASES, ids=str)
+def test_every_option_composes(program: str, option: Path) -> None:
+    group, name = option.parent.name, option.stem
+    cfg = config(program, f"{group}={name}")
+    for target in targets(cfg):
+        assert target.split(".")[0] in ALLOWED_MODULES
+        assert callable(get_object(target))
+
+
+@pytest.mark.parametrize("group", ["backbone", "classifier", "trainer"])
+def test_options_of_a_group_have_the_same_keys(group: str) -> None:
+    """A value that exists in one classifier exists in all: overrides work with each."""
+    keys = [
+        set(config("train", f"{group}={path.stem}")[group]) - {"strategy"}
+        for path in (CONF / group).glob("*.yaml")
+    ]
+    assert all(own == keys[0] for own in keys)
+
+
+def test_train_and_infer_agree_on_the_classifier() -> None:
+    """Otherwise infer.py would look for another classifier than train.py leaves."""
+    train, infer = config("train"), config("infer")
+    for group in ("dataset", "backbone", "classifier", "seed", "paths"):
+        assert train[group] == infer[group]
