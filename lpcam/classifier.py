@@ -103,6 +103,12 @@ class Classifier(pl.LightningModule):
                 features.append(self.backbone(view)[None])
         return features
 
+    def for_inference(self) -> "Classifier":
+        """A copy that gives the same features faster, see :meth:`Backbone.fused`."""
+        twin = Classifier(self.backbone.fused(), self.num_classes)
+        twin.head.load_state_dict(self.head.state_dict())
+        return twin.eval()
+
     def configure_optimizers(self) -> Any:
         """SGD or AdamW with a polynomial schedule by step."""
         hp: Any = self.hparams

@@ -38,10 +38,11 @@ def run(main: Callable[[], Any], project_root: Path) -> None:
     """
     OmegaConf.register_new_resolver("project_root", lambda: str(project_root), replace=True)
     logging.captureWarnings(True)
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     # Lightning's advice is meant for training on pictures, not for a head on features; the pytree
     # notice is about its own code.
-    advice = "many workers|number of training batches|infer the batch indices|LeafSpec"
+    advice = "many workers|number of training batches|infer the batch indices|LeafSpec|in eval mode"
     warnings.filterwarnings("ignore", f".*({advice}).*")
     if _wants_traceback():
         main()

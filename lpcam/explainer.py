@@ -18,7 +18,7 @@ from lpcam.functional import class_activation_map, merge_scales, normalize_maps
 from lpcam.prototype_head import SIGNED, PrototypeHead
 from lpcam.prototype_set import Prototypes, fingerprint
 from lpcam.prototypes import Centers, fit_prototypes
-from lpcam.views import SINGLE_VIEW, Views, view_features
+from lpcam.views import SINGLE_VIEW, Views, check_pictures, view_features
 
 
 class LPCAM:
@@ -42,18 +42,18 @@ class LPCAM:
             them, ``relu``, or ``center``: subtract the mean feature of the fitted pictures. This
             concerns prototypes and what is compared with them, never the CAM of the classifier.
         activation: The paper's tau: where a class's CAM, in 0..1, reaches it lies foreground.
-        class_score: The paper's mu_f: class prototypes score above it.
+        class_score: The paper's mu_f: class prototypes score above it. Where there are hundreds of
+            classes few centres reach 0.9; lower it then.
         context_score: The paper's mu_b: context prototypes score below it.
-        context_floor: And above this; None for no bound.
+        context_floor: And above this; None for no bound. The published code has 0.05, for 20
+            classes.
         seed: Seed of the clustering.
         max_iter: Upper bound on its iterations.
-        example: Normalised pictures that the model takes, to find its layers with; by default two
-            random ones ``(2, 3, 224, 224)``.
+        example: Normalised pictures ``(B, 3, H, W)`` that the model takes, to find its layers with,
+            or the shape ``(3, H, W)`` of random ones.
 
     Attributes:
         layers: Where features and class weights are found.
-        settings: How prototypes are fitted, by the name of the argument.
-        example_shape: Channels, height and width of the example.
         centers: After a fit, the cluster centres before selection.
 
     Raises:
@@ -72,19 +72,18 @@ class LPCAM:
         activation: float = 0.1,
         class_score: float = 0.9,
         context_score: float = 0.9,
-        context_floor: float | None = 0.05,
+        context_floor: float | None = None,
         seed: int = 0,
         max_iter: int = 100,
-        example: Tensor | None = None,
+        example: Tensor | Sequence[int] = (3, 224, 224),
     ) -> None:
         if k < 1:
             raise InputError(f"k={k}: needs at least one cluster")
         if signed not in SIGNED:
             raise InputError(f"signed={signed}: unknown; choose {', '.join(SIGNED)}")
-        if example is None:
-            example = _random_pictures((3, 224, 224))
+        if not isinstance(example, Tensor):
+            example = torch.randn(2, *example, generator=torch.Generator().manual_seed(0))
         self.model = model
-        self.example_shape = tuple(example.shape[1:])
         self.layers = find_feature_layers(
             model, example.to(next(model.parameters())), target_layer, classifier
         )
@@ -95,7 +94,7 @@ class LPCAM:
                 f"classes: {len(self.classes)} names for the {scores} scores of the layer "
                 f"{self.layers.classifier_name}; give one for each"
             )
-        self.settings: dict[str, Any] = {
+        self._settings: dict[str, Any] = {
             "k": k,
             "signed": signed,
             "activation": activation,
@@ -104,6 +103,11 @@ class LPCAM:
             "context_floor": context_floor,
             "seed": seed,
             "max_iter": max_iter,
+        }
+        self._found = {
+            "target_layer": self.layers.name,
+            "classifier": self.layers.classifier_name,
+            "example": list(example.shape[1:]),
         }
         self.centers: Centers | None = None
         self._head: PrototypeHead | None = None
@@ -119,11 +123,7 @@ class LPCAM:
 
     @property
     def head(self) -> PrototypeHead:
-        """What makes maps from features.
-
-        Raises:
-            InputError: Nothing is fitted yet.
-        """
+        """What makes maps from features; an InputError before anything is fitted."""
         if self._head is None:
             raise InputError("LPCAM: not fitted; call fit(loader) first, or LPCAM.load")
         return self._head
@@ -133,7 +133,7 @@ class LPCAM:
         """The fitted prototypes; assign an edited set, ``cam.prototypes.drop("cat", [3])``.
 
         Raises:
-            InputError: Nothing is fitted yet, or the set has other classes or features.
+            InputError: Nothing is fitted yet, or the set has other classes or channels.
         """
         return self.head.prototypes
 
@@ -150,7 +150,7 @@ class LPCAM:
 
     def features(self, images: Tensor) -> Tensor:
         """Local features ``(B, D, h, w)`` of pictures ``(B, 3, H, W)``, as the model has them."""
-        self._check(images)
+        check_pictures(images)
         with evaluating(self.model):
             return self.layers.features(self.model, images.to(self.layers.classifier.weight))
 
@@ -209,17 +209,11 @@ class LPCAM:
             marked,
             self.layers.weight.float().cpu(),
             self.classes,
-            **self.settings,
+            **self._settings,
             progress=progress,
         )
-        found = {
-            "target_layer": self.layers.name,
-            "classifier": self.layers.classifier_name,
-            "example": self.example_shape,
-        }
-        self.prototypes = replace(
-            prototypes, model=fingerprint(self.model), settings=self.settings | found
-        )
+        settings = self._settings | self._found
+        self.prototypes = replace(prototypes, model=fingerprint(self.model), settings=settings)
         return self
 
     def __call__(
@@ -262,7 +256,8 @@ class LPCAM:
         Returns:
             Both ``(B, C, H, W)`` in 0..1. CAM also has maps of asked classes that are not fitted.
         """
-        lpcam, cam = self._maps(images, labels, views, [self._lpcam(aggregate), self._cam])
+        heads = [self._lpcam(aggregate), self._cam]
+        lpcam, cam = self._maps(images, labels, views, heads)
         return lpcam, cam
 
     def similarity(self, images: Tensor, name: str | int, side: str = "class") -> Tensor:
@@ -284,14 +279,12 @@ class LPCAM:
         self.prototypes.save(Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, *, example: Tensor | None = None) -> "LPCAM":
+    def load(cls, path: str | Path, model: nn.Module) -> "LPCAM":
         """Read what :meth:`save` wrote, or the prototypes in a run's folder.
 
         Args:
             path: The file.
             model: The model that the prototypes were fitted on.
-            example: As for the class itself; by default random pictures of the size that the file
-                names.
 
         Raises:
             InputError: The file is missing or damaged, or belongs to another model.
@@ -302,11 +295,7 @@ class LPCAM:
                 f"{path}: prototypes of a model with fingerprint {prototypes.model}, this one has "
                 f"{own}; load the weights that they were fitted on"
             )
-        settings = dict(prototypes.settings)
-        shape = settings.pop("example", (3, 224, 224))
-        cam = cls(
-            model, example=_random_pictures(shape) if example is None else example, **settings
-        )
+        cam = cls(model, **prototypes.settings)
         cam.prototypes = prototypes
         cam.classes = prototypes.classes
         return cam
@@ -319,7 +308,7 @@ class LPCAM:
         heads: Sequence[Callable[[Tensor, Tensor], Tensor]],
     ) -> list[Tensor]:
         """Maps ``(B, C, H, W)`` of several heads from the same forward passes."""
-        self._check(images)
+        check_pictures(images)
         weight = self.layers.weight
         if labels is None:
             asked = torch.zeros(len(images), len(weight), dtype=torch.bool)
@@ -348,13 +337,6 @@ class LPCAM:
         maps = class_activation_map(views.flatten(0, 1), self.layers.weight[present])
         return maps.unflatten(0, views.shape[:2]).sum(0)
 
-    def _check(self, images: Tensor) -> None:
-        if images.ndim != 4 or not images.is_floating_point():
-            raise InputError(
-                f"images: {images.dtype} of shape {tuple(images.shape)}; "
-                "give normalised pictures (B, 3, H, W)"
-            )
-
     def _multi_hot(self, labels: Tensor, count: int) -> Tensor:
         if tuple(labels.shape) != (count, len(self.classes)):
             raise InputError(
@@ -362,7 +344,3 @@ class LPCAM:
                 f"({count}, {len(self.classes)})"
             )
         return labels != 0
-
-
-def _random_pictures(shape: Sequence[int]) -> Tensor:
-    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))

@@ -242,7 +242,7 @@ def _run(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise InputError(
             f"model: does not run on pictures of {tuple(example.shape)} ({reason}); "
-            "pass example=, a batch of pictures that it takes"
+            "pass example=, pictures that it takes or their shape"
         ) from error
     finally:
         for handle in handles:

@@ -67,7 +67,7 @@ def predict(
         num_workers=num_workers,
     )
     trainer = make_trainer(logger=False, callbacks=[callback], enable_checkpointing=False)
-    trainer.predict(classifier, loader, return_predictions=False)
+    trainer.predict(classifier.for_inference(), loader, return_predictions=False)
     trainer.strategy.barrier()
 
 

@@ -15,6 +15,15 @@ SINGLE_VIEW: Views = ((1.0, False),)
 PAPER_VIEWS: Views = tuple(itertools.product((0.5, 1.0, 1.5, 2.0), (False, True)))
 
 
+def check_pictures(images: Tensor) -> None:
+    """Raise an InputError unless these are normalised pictures ``(B, 3, H, W)``."""
+    if images.ndim != 4 or not images.is_floating_point():
+        raise InputError(
+            f"images: {images.dtype} of shape {tuple(images.shape)}; "
+            "give normalised pictures (B, 3, H, W)"
+        )
+
+
 def view_features(
     extract: Callable[[Tensor], Tensor], images: Tensor, views: Views
 ) -> Iterator[Tensor]:

@@ -101,9 +101,14 @@ def draw_grid(
     if not rows:
         raise InputError("rows: nothing to show; give at least one")
     titles = [name for name, _ in max((shown for _, shown in rows), key=len)]
-    figure = Figure((2 * len(titles), 0.8 + 2.2 * len(rows)), layout="constrained")
+    heights = [
+        0.35 + 2 * max((image.height / image.width for _, image in shown), default=1)
+        for _, shown in rows
+    ]
+    size = (max(2 * len(titles), 4), 0.8 + sum(heights))  # no narrower than a title
+    figure = Figure(size, layout="constrained")
     figure.suptitle(title, fontsize=14, fontweight="bold")
-    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    grid = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=heights)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)

@@ -337,3 +337,22 @@ def test_swin_grid_keeps_the_place_of_every_patch() -> None:
 def test_swin_takes_pictures_of_any_size() -> None:
     backbone = build_backbone("swin_tiny_patch4_window7_224", None).eval()
     assert backbone(torch.randn(1, 3, 70, 101)).shape == (1, 768, 3, 4)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50", "densenet121", "test_vit"])
+def test_fused_copy_gives_the_same_features(name: str) -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone(name, "imagenet" if name == "efficientnet_lite0" else None)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d) and name != "efficientnet_lite0":
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+    before = backbone.fingerprint
+    fused = backbone.fused()
+    images = torch.randn(2, 3, 96, 132)
+    with torch.no_grad():
+        expected = backbone.eval()(images)
+        assert torch.allclose(fused(images), expected, atol=1e-4 * float(expected.abs().max()))
+    norms = [m for m in fused.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert not norms or name == "densenet121"
+    assert backbone.fingerprint == before
