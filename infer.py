@@ -4,6 +4,7 @@
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -21,6 +22,7 @@ def main(cfg: DictConfig) -> float | None:
     from lpcam import pipeline
     from lpcam.backbones import build_backbone
     from lpcam.classifier import load_classifier
+    from lpcam.prototype_set import fingerprint
     from lpcam.prototypes import select
     from lpcam.reporting.report import Method, print_table, write_report
     from lpcam.reporting.tracking import finish, log_results
@@ -108,7 +110,7 @@ def main(cfg: DictConfig) -> float | None:
     config = OmegaConf.to_container(cfg, resolve=True)
     write_atomically(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_atomically(output / "metrics.json", json.dumps(metrics, indent=1))
-    prototypes.save(output / "prototypes.safetensors")
+    replace(prototypes, model=fingerprint(classifier)).save(output / "prototypes.safetensors")
     for split in dataset.map_splits:
         pipeline.export(output, maps[split]["lpcam"], dataset.pictures(split), threshold)
     stages = {"features": features, "clustering": clustered}
