@@ -19,7 +19,7 @@ def main(cfg: DictConfig) -> float | None:
     """Run every stage; return LPCAM's mIoU on the last split."""
     import pytorch_lightning as pl
 
-    from lpcam import pipeline
+    from lpcam import outputs, pipeline
     from lpcam.backbones import build_backbone
     from lpcam.classifier import load_classifier
     from lpcam.prototype_set import fingerprint
@@ -112,7 +112,7 @@ def main(cfg: DictConfig) -> float | None:
     write_atomically(output / "metrics.json", json.dumps(metrics, indent=1))
     replace(prototypes, model=fingerprint(classifier)).save(output / "prototypes.safetensors")
     for split in dataset.map_splits:
-        pipeline.export(output, maps[split]["lpcam"], dataset.pictures(split), threshold)
+        outputs.export(output, maps[split]["lpcam"], dataset.pictures(split), threshold)
     stages = {"features": features, "clustering": clustered}
     stages |= {f"maps of {split}": maps[split]["lpcam"] for split in dataset.map_splits}
     write_report(
@@ -127,7 +127,7 @@ def main(cfg: DictConfig) -> float | None:
             for name in settings
         ],
         threshold=threshold,
-        prototypes=pipeline.prototype_views(features, centers, prototypes, classifier, dataset),
+        prototypes=outputs.prototype_views(features, centers, prototypes, classifier, dataset),
         seconds={name: stage.manifest["seconds"] for name, stage in stages.items()},
         gallery_split=dataset.map_splits[-1],
     )
