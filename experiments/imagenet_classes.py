@@ -73,7 +73,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", "class .*: no prototype scores above")
     cam = LPCAM(model, k=4, class_score=options.class_score)
     cam.fit(((image, multi_hot(own)) for _, image, own in batches("train")), progress=False)
-    fitted = set(cam.head.fitted.tolist())
+    fitted = set(cam.head.fitted)
 
     names = ("CAM", "LPCAM")
     scores = {name: SegmentationScore(len(indices)) for name in names}
