@@ -38,17 +38,28 @@ def main(cfg: DictConfig) -> float | None:
     if ckpt is None:
         settings = OmegaConf.to_container(cfg.classifier)
         trained = pipeline.classifier_stage(store, dataset, backbone, settings, cfg.seed)
-        groups = ("dataset", "backbone", "classifier", "paths", "seed")
+        groups = (
+            "dataset", "backbone", "classifier", "paths", "seed", "recipe", "experiments"
+        )  # fmt: skip
         ckpt = pipeline.trained_checkpoint(trained, command_line("train", groups))
     classifier = load_classifier(Path(ckpt), backbone, len(dataset.classes))
 
+    pictures, chosen = pipeline.prototype_pictures(
+        dataset,
+        images_per_class=cfg.prototypes.images_per_class,
+        with_replacement=cfg.prototypes.with_replacement,
+        seed=cfg.prototypes.seed,
+    )
     features = pipeline.features(
         store,
         make_trainer,
         classifier,
-        dataset.pictures(dataset.prototype_split),
+        pictures,
         local=True,
         num_workers=cfg.num_workers,
+        split=cfg.prototypes.split,
+        scales=cfg.inference.scales,
+        flip=cfg.inference.flip,
     )
     clustered, centers = pipeline.centers(
         store,
@@ -58,8 +69,12 @@ def main(cfg: DictConfig) -> float | None:
         k=cfg.prototypes.k,
         tau=cfg.thresholds.activation,
         seed=cfg.prototypes.seed,
+        init=cfg.prototypes.init,
+        tol=cfg.prototypes.tol,
         max_iter=cfg.prototypes.max_iter,
         allow_missing=cfg.prototypes.allow_missing,
+        chosen=chosen,
+        split=cfg.prototypes.split,
     )
     prototypes = select(
         centers,
@@ -68,6 +83,7 @@ def main(cfg: DictConfig) -> float | None:
         class_minimum=cfg.thresholds.class_score,
         context_maximum=cfg.thresholds.context_score,
         context_minimum=cfg.thresholds.context_floor,
+        fallback=cfg.prototypes.fallback,
     )
     settings = {
         "cam": pipeline.MapSetting(),
@@ -84,6 +100,7 @@ def main(cfg: DictConfig) -> float | None:
             settings,
             scales=cfg.inference.scales,
             flip=cfg.inference.flip,
+            eps=cfg.inference.eps,
             batch_size=cfg.inference.batch_size,
             num_workers=cfg.num_workers,
         )

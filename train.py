@@ -43,6 +43,7 @@ def main(cfg: DictConfig) -> float | None:
         weight_decay=cfg.classifier.weight_decay,
         poly_power=cfg.classifier.poly_power,
         freeze_backbone=cfg.classifier.freeze_backbone,
+        freeze_stem=cfg.classifier.freeze_stem,
     )
     logger = build(cfg.logger) if cfg.logger else None
     try:

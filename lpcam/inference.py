@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
@@ -25,17 +26,22 @@ class FeatureCallback(BasePredictionWriter):
     """Write each picture's local features at its own size, for clustering and for the head.
 
     A file ``<id>.npz`` holds ``pooled`` (D,) float32, the mean feature, and ``local`` (h, w, D)
-    float16 unless left out.
+    float16 unless left out. With weights it also holds ``cam`` (L, h, w) float32, the
+    :func:`sampled_cam` of the picture's classes in ascending order.
+
+    The first scale of the pictures must be 1; it gives the features. All scales give the CAM.
 
     Args:
         folder: Where the files go.
         local: Whether to write the local features too.
+        cam_weight: Class weights ``(C, D)``; None for no CAM.
     """
 
-    def __init__(self, folder: Path, *, local: bool) -> None:
+    def __init__(self, folder: Path, *, local: bool, cam_weight: Tensor | None = None) -> None:
         super().__init__("batch")
         self.folder = folder
         self.local = local
+        self.cam_weight = cam_weight
 
     def write_on_batch_end(
         self,
@@ -49,13 +55,43 @@ class FeatureCallback(BasePredictionWriter):
     ) -> None:
         """Write the pictures of one batch."""
         features = prediction[0][0]
-        for image_id, own in zip(batch["ids"], features, strict=True):
+        for place, (image_id, own) in enumerate(zip(batch["ids"], features, strict=True)):
             arrays = {"pooled": own.mean((1, 2)).float().cpu().numpy()}
             if self.local:
                 arrays["local"] = own.permute(1, 2, 0).half().cpu().numpy()
+            if self.cam_weight is not None:
+                shown = self.cam_weight.to(own)[batch["labels"][place].bool()]
+                scales = [views[:, place] for views in prediction]
+                arrays["cam"] = sampled_cam(scales, shown, batch["size"]).cpu().numpy()
             buffer = io.BytesIO()
             np.savez(buffer, **arrays)
             write_atomically(self.folder / f"{image_id}.npz", buffer.getvalue())
+
+
+def sampled_cam(features: Sequence[Tensor], weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """CAM over scales and mirror images, as the published code splits features by it.
+
+    It is made at the picture's full size: each view is rectified, views are added, scales are
+    resized to sides that are multiples of 16, cut and added, and each map is divided by its
+    maximum. Then one value a feature is read, that of the top left corner of the feature's cell
+    (torch's ``nearest``), so no blurring and no other maximum enters.
+
+    Args:
+        features: For each scale ``(V, D, h, w)``, V mirrored views of one picture. The first
+            scale's grid is sampled.
+        weight: Weights ``(L, D)`` of the classes to map.
+        size: Height and width of the picture.
+
+    Returns:
+        Maps ``(L, h, w)`` in 0..1.
+    """
+    height, width = size
+    grid = features[0].shape[-2:]
+    if not len(weight):
+        return weight.new_zeros(0, *grid)
+    rectified = [class_activation_map(views, weight).sum(0) for views in features]
+    whole = merge_scales(rectified, (-(-height // 16) * 16, -(-width // 16) * 16))
+    return F.interpolate(normalize_maps(whole[:, :height, :width])[None], grid)[0]
 
 
 @dataclass(frozen=True)
@@ -84,10 +120,12 @@ class LPCAMCallback(BasePredictionWriter):
     Args:
         weight: Class weights ``(C, D)`` of the classifier.
         heads: What to compute.
+        eps: See :func:`~lpcam.functional.normalize_maps`.
     """
 
-    def __init__(self, weight: Tensor, heads: Sequence[MapHead]) -> None:
+    def __init__(self, weight: Tensor, heads: Sequence[MapHead], *, eps: float = 1e-5) -> None:
         super().__init__("batch")
+        self.eps = eps
         self.weight = weight
         self.plain = [head for head in heads if head.directions is None]
         self.fitted = [head for head in heads if head.directions is not None]
@@ -133,7 +171,7 @@ class LPCAMCallback(BasePredictionWriter):
         wanted = labels[:, present]
         scales = [self._rectified(views, present)[:, wanted] for views in features]
         merged = merge_scales([maps.flatten(0, 1) for maps in scales], grid_size(size))
-        return normalize_maps(merged).unflatten(0, scales[0].shape[:2])
+        return normalize_maps(merged, self.eps).unflatten(0, scales[0].shape[:2])
 
     def _rectified(self, views: Tensor, present: Tensor) -> Tensor:
         """Maps of one scale after ReLU, for M heads and P classes: ``(M, B, P, h, w)``."""
