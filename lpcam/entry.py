@@ -84,19 +84,22 @@ def _exit(error: Exception) -> NoReturn:
     sys.exit(1)
 
 
-def command_line(program: str, groups: Sequence[str] | None = None) -> str:
-    """The command that runs a program with this job's overrides.
+def command_line(
+    program: str, overrides: Sequence[str], groups: Sequence[str] | None = None
+) -> str:
+    """The command that runs a program with a job's overrides.
 
     Args:
         program: ``train`` or ``infer``.
-        groups: Only overrides of these config groups and values.
+        overrides: The job's overrides.
+        groups: Only those of these config groups and values.
     """
-    overrides = [
+    wanted = [
         override
-        for override in HydraConfig.get().overrides.task
+        for override in overrides
         if groups is None or re.split(r"[.=@]", override.lstrip("+~"))[0] in groups
     ]
-    return shlex.join(["python", f"{program}.py", *overrides])
+    return shlex.join(["python", f"{program}.py", *wanted])
 
 
 def _one_line(error: BaseException) -> str:
