@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from lpcam.entry import build, command_line, job, run
+from lpcam.entry import build, choices, command_line, job, run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="infer")
@@ -25,7 +25,8 @@ def main(cfg: DictConfig) -> float | None:
     from lpcam.prototype_set import fingerprint
     from lpcam.prototypes import select
     from lpcam.reporting.report import Method, print_table, write_report
-    from lpcam.reporting.tracking import finish, log_results
+    from lpcam.reporting.shown import choose_pictures, show
+    from lpcam.reporting.tracking import log_results, recording, start
     from lpcam.store import digest, is_main_process, write_atomically
 
     store, output = Path(cfg.paths.store), Path(cfg.paths.output)
@@ -34,7 +35,7 @@ def main(cfg: DictConfig) -> float | None:
     dataset.prepare()
     pl.seed_everything(cfg.seed, verbose=False)
     backbone = build_backbone(cfg.backbone.name, cfg.backbone.weights)
-    ckpt = cfg.ckpt
+    ckpt, trained = cfg.ckpt, None
     if ckpt is None:
         settings = OmegaConf.to_container(cfg.classifier)
         trained = pipeline.classifier_stage(store, dataset, backbone, settings, cfg.seed)
@@ -115,6 +116,10 @@ def main(cfg: DictConfig) -> float | None:
         outputs.export(output, maps[split]["lpcam"], dataset.pictures(split), threshold)
     stages = {"features": features, "clustering": clustered}
     stages |= {f"maps of {split}": maps[split]["lpcam"] for split in dataset.map_splits}
+    methods = [
+        Method(TITLES[name], scores[name], {s: maps[s][name].folder for s in maps})
+        for name in settings
+    ]
     write_report(
         output / "report.html",
         title=f"LPCAM on {cfg.dataset._target_.split('.')[-1]}",
@@ -122,22 +127,27 @@ def main(cfg: DictConfig) -> float | None:
         config=OmegaConf.to_yaml(cfg, resolve=True),
         dataset=dataset,
         splits={split: dataset.pictures(split) for split in dataset.map_splits},
-        methods=[
-            Method(TITLES[name], scores[name], {s: maps[s][name].folder for s in maps})
-            for name in settings
-        ],
+        methods=methods,
         threshold=threshold,
         prototypes=outputs.prototype_views(features, centers, prototypes, classifier, dataset),
         seconds={name: stage.manifest["seconds"] for name, stage in stages.items()},
         gallery_split=dataset.map_splits[-1],
     )
-    logger = build(cfg.logger) if cfg.logger else None
-    try:
-        if logger:
-            logger.log_hyperparams(config)
-            log_results(logger, metrics, sorted((output / "figures").glob("*.png")))
-    finally:
-        finish(logger)
+    if cfg.logger:
+        with recording():
+            shown_split = dataset.map_splits[-1]
+            chosen = choose_pictures(dataset.pictures(shown_split), cfg.shown_pictures)
+            keys = {"store": {name: stage.key for name, stage in stages.items()}}
+            log_results(
+                start(build(cfg.logger), config | keys, choices()),
+                metrics=metrics,
+                scores=scores,
+                classes=dataset.classes,
+                figures=sorted((output / "figures").glob("*.png")),
+                shown=show(dataset, chosen, methods, shown_split, threshold),
+                made={name: output / file for name, file in ARTIFACTS.items()},
+                used={f"classifier-{trained.key}": Path(ckpt)} if trained else {},
+            )
     write_atomically(
         output / "DONE.json", json.dumps({"config": digest(config)} | metrics, indent=1)
     )
@@ -147,6 +157,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 TITLES = {"cam": "CAM", "lpcam": "LPCAM", "lpcam_class": "LPCAM without context"}
+ARTIFACTS = {"prototypes": "prototypes.safetensors", "metrics": "metrics.json"}
 
 if __name__ == "__main__":
     run(main, Path(__file__).parent)

@@ -99,6 +99,14 @@ def command_line(program: str, groups: Sequence[str] | None = None) -> str:
     return shlex.join(["python", f"{program}.py", *overrides])
 
 
+def choices() -> dict[str, str]:
+    """The option that this job chose in each config group; groups without one are left out."""
+    chosen = HydraConfig.get().runtime.choices
+    return {
+        group: str(chosen[group]) for group in chosen if "hydra/" not in group and chosen[group]
+    }
+
+
 def _one_line(error: BaseException) -> str:
     """The cause of an error in one line; Hydra's own say little without what caused them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
