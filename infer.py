@@ -12,7 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lpcam.entry import build, command_line, job, run
+from lpcam.entry import build, choices, command_line, job, run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="infer")
@@ -21,19 +21,21 @@ def main(cfg: DictConfig) -> float | None:
     """Run every stage; return the mIoU on the last split, of refined maps where there are any."""
     from lpcam import outputs
 
-    start = time.perf_counter()
+    start_time = time.perf_counter()
     output = Path(cfg.paths.output)
     config = OmegaConf.to_container(cfg, resolve=True)
+    last = cfg.dataset.map_splits[-1]
     if metrics := outputs.done_metrics(output, config):
         print(f"Already done: {output}")
-        return outputs.headline(metrics, cfg.dataset.map_splits)
+        return outputs.headline(metrics, last)
 
     from lpcam import map_stages
     from lpcam.prototype_set import fingerprint
     from lpcam.reporting.report import Method, print_table, write_report
-    from lpcam.reporting.tracking import finish, log_results
+    from lpcam.reporting.shown import choose_pictures, show
+    from lpcam.reporting.tracking import log_results, recording, start
     from lpcam.run import Run
-    from lpcam.store import Stage, is_main_process
+    from lpcam.store import is_main_process, write_atomically
 
     overrides = HydraConfig.get().overrides.task
     own = Run(cfg, overrides)
@@ -43,27 +45,77 @@ def main(cfg: DictConfig) -> float | None:
         maps["refined"] = refined
     if not is_main_process():
         return None
-    thresholds = dict.fromkeys(maps, threshold)
-    if own.refiner:
-        thresholds["refined"] = own.refiner.background
-    scores: dict = {name: {} for name in maps}
-    for split in dataset.map_splits:
-        stages = {name: by_split[split] for name, by_split in maps.items()}
-        for name, result in map_stages.scores(own.store, stages, dataset, split).items():
-            scores[name][split] = result
+    scores = map_stages.scores(own.store, maps, dataset)
     metrics = {
         f"{split}/{name}/{key}": value
         for name, by_split in scores.items()
         for split, result in by_split.items()
-        for key, value in result.metrics(dataset.classes, thresholds[name]).items()
+        for key, value in result.metrics(dataset.classes, own.threshold(name)).items()
     }
+    write_atomically(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     outputs.write_json(output / "metrics.json", metrics)
     replace(own.prototypes, model=fingerprint(own.classifier)).save(
         output / "prototypes.safetensors"
     )
-    shown = "refined" if own.refiner else cfg.refiner.source
+    masked = "refined" if refined else cfg.refiner.source
     for split in dataset.map_splits:
-        outputs.export(output, maps[shown][split], dataset.pictures(split), thresholds[shown])
-    last = dataset.map_splits[-1]
-    stages: dict[str, Stage] = {"features": own.features, "clustering": own.clustering[0]}
-    stages |= {f"{name} of {split}": maps[name][split] for name in maps for split in maps[name]}
+        outputs.export(
+            output,
+            maps[cfg.refiner.source][split],
+            maps[masked][split],
+            dataset.pictures(split),
+            own.threshold(masked),
+        )
+    stages = {"features": own.features, "clustering": own.clustering[0]}
+    stages |= {f"{name} of {split}": stage for name in maps for split, stage in maps[name].items()}
+    titles = own.titles
+    methods = [
+        Method(
+            titles[name],
+            scores[name],
+            {split: maps[name][split].folder for split in dataset.map_splits},
+        )
+        for name in titles
+    ]
+    if cfg.report:
+        write_report(
+            output / "report.html",
+            title=f"LPCAM on {cfg.dataset._target_.split('.')[-1]}",
+            command=command_line("infer", overrides),
+            config=OmegaConf.to_yaml(cfg, resolve=True),
+            dataset=dataset,
+            splits={split: dataset.pictures(split) for split in dataset.map_splits},
+            methods=methods,
+            threshold=threshold,
+            prototypes=outputs.prototype_views(
+                own.features, own.clustering[1], own.prototypes, own.classifier, dataset
+            ),
+            seconds={name: stage.manifest["seconds"] for name, stage in stages.items()},
+            gallery_split=last,
+        )
+    if cfg.logger:
+        with recording():
+            chosen = choose_pictures(dataset.pictures(last), cfg.shown_pictures)
+            keys = {"store": {name: stage.key for name, stage in stages.items()}}
+            log_results(
+                start(build(cfg.logger), config | keys, choices()),
+                metrics=metrics,
+                scores=scores,
+                classes=dataset.classes,
+                figures=sorted((output / "figures").glob("*.png")),
+                shown=show(dataset, chosen, methods, last, threshold),
+                made={name: output / file for name, file in ARTIFACTS.items()},
+                used={f"classifier-{own.trained.key}": own.checkpoint} if own.trained else {},
+            )
+    seconds = {"total": time.perf_counter() - start_time}
+    seconds |= {name: stage.seconds for name, stage in stages.items() if stage.seconds is not None}
+    outputs.write_done(output, config, seconds, metrics)
+    print_table(scores, titles)
+    print(f"Results: {output / ('report.html' if cfg.report else '')}")
+    return outputs.headline(metrics, last)
+
+
+ARTIFACTS = {"prototypes": "prototypes.safetensors", "metrics": "metrics.json"}
+
+if __name__ == "__main__":
+    run(main, Path(__file__).parent)

@@ -169,38 +169,52 @@ def _maps_from_kept(
 
 
 def scores(
-    store: Path, found: Mapping[str, Stage], dataset: SegmentationDataset, split: str
-) -> dict[str, SegmentationResult]:
+    store: Path, maps: Mapping[str, Mapping[str, Stage]], dataset: SegmentationDataset
+) -> dict[str, dict[str, SegmentationResult]]:
     """Compare maps with the true masks, at every threshold.
 
     Args:
         store: The store's folder.
-        found: Maps by name. Each true mask is read once for all of them.
+        maps: Maps by name and split. Each true mask is read once for all names.
         dataset: Reads the masks.
-        split: Which split the maps are of.
 
     Returns:
-        Scores by name; empty if no picture has a mask.
+        Scores by name and split; a split of which no picture has a mask is left out.
 
     Raises:
         InputError: A mask has another size than its picture.
     """
-    pictures = dataset.pictures(split)
-    masks = [digest for p in pictures if (digest := dataset.mask_digest(p))]
-    if not masks:
-        return {}
-    stages = {
-        name: Stage(store, "scores", {"maps": own.key, "masks": masks, "bins": 100})
-        for name, own in found.items()
-    }
-    distinct = {stages[name].key: name for name in found}
+    results: dict[str, dict[str, SegmentationResult]] = {name: {} for name in maps}
+    for split in dataset.map_splits:
+        pictures = dataset.pictures(split)
+        masks = [digest for p in pictures if (digest := dataset.mask_digest(p))]
+        if not masks:
+            continue
+        found = {own[split].key: own[split] for own in maps.values()}
+        stages = {
+            key: Stage(store, "scores", {"maps": key, "masks": masks, "bins": 100}) for key in found
+        }
+        _score(stages, found, dataset, pictures)
+        for name, own in maps.items():
+            total = SegmentationScore(len(dataset.classes))
+            file = stages[own[split].key].folder / "histogram.npy"
+            total.histogram = np.load(file, allow_pickle=False)
+            results[name][split] = total.compute()
+    return results
+
+
+def _score(
+    stages: Mapping[str, Stage],
+    found: Mapping[str, Stage],
+    dataset: SegmentationDataset,
+    pictures: Sequence[Picture],
+) -> None:
     with ExitStack() as stack:
         todo = []
-        for key in sorted(distinct):
-            name = distinct[key]
-            folder = stack.enter_context(stages[name].build())
+        for key in sorted(stages):
+            folder = stack.enter_context(stages[key].build())
             if folder:
-                todo.append((folder, found[name].folder, SegmentationScore(len(dataset.classes))))
+                todo.append((folder, found[key].folder, SegmentationScore(len(dataset.classes))))
         for picture in track(pictures, "Scoring") if todo else ():
             mask = dataset.mask(picture)
             if mask is None:
@@ -216,12 +230,6 @@ def scores(
                 total.update(seed.full_size(), seed.keys, mask)
         for folder, _, total in todo:
             np.save(folder / "histogram.npy", total.histogram)
-    results = {}
-    for name, stage in stages.items():
-        total = SegmentationScore(len(dataset.classes))
-        total.histogram = np.load(stage.folder / "histogram.npy", allow_pickle=False)
-        results[name] = total.compute()
-    return results
 
 
 def refined(

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
@@ -32,6 +33,13 @@ class Run:
         cfg: The job's config.
         overrides: What was changed in it, for messages.
 
+    Attributes:
+        dataset: The data.
+        trained: The classifier's stage in the store; None if a checkpoint was given.
+        checkpoint: The classifier's file.
+        classifier: The trained classifier.
+        refiner: The refiner, if there is one.
+
     Raises:
         InputError: Data or classifier are missing, or do not fit.
     """
@@ -41,12 +49,12 @@ class Run:
         self.store = Path(cfg.paths.store)
         self.make_trainer = build(cfg.trainer)
         pl.seed_everything(cfg.seed, verbose=False)
-        names = ("dataset", "backbone", "classifier", "ckpt", "seed", "paths")
+        names = ["dataset", "backbone", "classifier", "ckpt", "seed", "paths"]
         own = OmegaConf.create(
             OmegaConf.to_container(OmegaConf.masked_copy(cfg, names), resolve=True)
         )
         del own.paths.output  # differs between the jobs of a sweep, which share the rest
-        self.dataset, self.classifier = _load(
+        self.dataset, self.trained, self.checkpoint, self.classifier = _load(
             OmegaConf.to_yaml(own), command_line("train", overrides, CLASSIFIER)
         )
         self.refiner: Refiner | None = None
@@ -123,6 +131,25 @@ class Run:
         return settings
 
     @property
+    def titles(self) -> dict[str, str]:
+        """Names for people of the maps that are scored, what is compared with what first."""
+        titles = {"cam": "CAM", "lpcam": "LPCAM"}
+        if self.refiner:
+            source = self.refiner.source
+            extra = f", uses {self.refiner.uses}" if self.refiner.uses else ""
+            refined = f"{titles[source]} + {type(self.refiner).__name__}{extra}"
+            titles = {source: titles[source], "refined": refined, **titles}
+        if "lpcam_class" in self.settings:
+            titles["lpcam_class"] = "LPCAM without context"
+        return titles
+
+    def threshold(self, name: str) -> float:
+        """The configured background score of maps."""
+        if name == "refined" and self.refiner:
+            return self.refiner.background
+        return float(self.cfg.thresholds.seed_background)
+
+    @property
     def sharing(self) -> str:
         """Jobs of which this is the same can make their maps in one pass over the pictures."""
         return digest(
@@ -184,20 +211,20 @@ class Run:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(text: str, train_command: str) -> tuple[SegmentationDataset, Classifier]:
+def _load(
+    text: str, train_command: str
+) -> tuple[SegmentationDataset, Stage | None, Path, Classifier]:
     """Data set and classifier; the jobs of a sweep in one process share them."""
     cfg = OmegaConf.create(text)
     dataset: SegmentationDataset = build(cfg.dataset)
     dataset.prepare()
     backbone = build_backbone(cfg.backbone.name, cfg.backbone.weights)
-    ckpt = cfg.ckpt
-    if ckpt is None:
+    if cfg.ckpt is not None:
+        trained, checkpoint = None, Path(cfg.ckpt).expanduser()
+    else:
+        settings: Any = OmegaConf.to_container(cfg.classifier)
         trained = pipeline.classifier_stage(
-            Path(cfg.paths.store),
-            dataset,
-            backbone,
-            OmegaConf.to_container(cfg.classifier),
-            cfg.seed,
+            Path(cfg.paths.store), dataset, backbone, settings, cfg.seed
         )
-        ckpt = pipeline.trained_checkpoint(trained, train_command)
-    return dataset, load_classifier(Path(ckpt), backbone, len(dataset.classes))
+        checkpoint = pipeline.trained_checkpoint(trained, train_command)
+    return dataset, trained, checkpoint, load_classifier(checkpoint, backbone, len(dataset.classes))

@@ -58,6 +58,10 @@ class Stage:
         root: The store's folder.
         name: What kind of result it is ("features", "maps", ...).
         inputs: Every value that the result depends on, hashes of upstream stages included.
+
+    Attributes:
+        folder: Where the result lies once it is there.
+        seconds: What it took, if this object computed it.
     """
 
     def __init__(self, root: Path, name: str, inputs: Mapping[str, Any]) -> None:
@@ -65,6 +69,7 @@ class Stage:
         self.inputs = dict(inputs)
         self.key = digest({"stage": name, **self.inputs})
         self.folder = root / name / self.key
+        self.seconds: float | None = None
         self._partial = self.folder.with_name(f"{self.key}.partial")
 
     @property
@@ -107,10 +112,7 @@ class Stage:
             self._partial.mkdir(exist_ok=True)
             start = time.perf_counter()
             yield self._partial
-            manifest = {
-                "stage": self.name,
-                "inputs": self.inputs,
-                "seconds": round(time.perf_counter() - start, 3),
-            }
+            self.seconds = round(time.perf_counter() - start, 3)
+            manifest = {"stage": self.name, "inputs": self.inputs, "seconds": self.seconds}
             write_atomically(self._partial / "manifest.json", json.dumps(manifest, indent=1))
             self._partial.rename(self.folder)
