@@ -13,6 +13,7 @@ from lpcam.sweeps.figures import (
     bar_panel,
     heat_cells,
     heat_panel,
+    legend_of,
     line_panel,
     scatter_panel,
 )
@@ -33,12 +34,14 @@ class Chart:
         heading: What they show.
         note: How to read them.
         panels: The plots.
+        legend: Names and their colours.
     """
 
     name: str
     heading: str
     note: str
     panels: Sequence[Panel]
+    legend: Sequence[tuple[str, str]] = ()
 
 
 def charts(sweep: Sweep) -> list[Chart]:
@@ -94,12 +97,19 @@ def _lines(sweep: Sweep, axes: Sequence[Axis], numeric: Sequence[Axis]) -> Chart
     metrics = METRICS if len(numeric) == 1 else ("miou",)
     panels = [line_panel(sweep, axis, by, metric) for axis in numeric for metric in metrics]
     note = "Means, and a band from the lowest to the highest job at each value."
-    return Chart("lines", f"Along {', '.join(axis.key for axis in numeric)}", note, panels)
+    heading = f"Along {', '.join(axis.key for axis in numeric)}"
+    return Chart("lines", heading, note, panels, legend_of(by))
 
 
 def _dots(sweep: Sweep, numeric: Sequence[Axis]) -> Chart:
     panels = [scatter_panel(sweep, axis) for axis in numeric]
-    return Chart("dots", "Every job", "The values form no grid: a dot is a job.", panels)
+    return Chart(
+        "dots",
+        "Every job",
+        "The values form no grid: a dot is a job, the ring the best.",
+        panels,
+        legend_of(None),
+    )
 
 
 def _heat_maps(sweep: Sweep) -> list[Chart]:
@@ -124,7 +134,7 @@ def _heat_maps(sweep: Sweep) -> list[Chart]:
         heat_panel(cells, x, y, "miou", title, limits)
         for cells, (_, title) in zip(grids, slices, strict=True)
     ]
-    heading = f"{x.key} and {y.key}"
+    heading = f"mIoU over {', '.join(axis.key for axis in chosen)}"
     note = f"mIoU (%){_over(others)}; the best of each map is framed."
     found = [Chart("heat_maps", heading, note, panels)]
     panels = []
@@ -135,7 +145,7 @@ def _heat_maps(sweep: Sweep) -> list[Chart]:
             panels.append(heat_panel(cells, x, y, metric, name, limits))
     if panels:
         note = f"At the best threshold{_over([*third, *others])}."
-        found.append(Chart("heat_maps_other_metrics", f"{heading}: other metrics", note, panels))
+        found.append(Chart("other_metrics", "Precision, recall and threshold width", note, panels))
     return found
 
 
@@ -146,7 +156,8 @@ def _bars(sweep: Sweep, named: Sequence[Axis]) -> Chart:
         note += "; a black line goes from the lowest to the highest job"
     by = named[1] if len(named) > 1 else None
     panels = [bar_panel(sweep, named[0], by, metric) for metric in METRICS]
-    return Chart("bars", f"By {' and '.join(a.key for a in named)}", f"{note}.", panels)
+    heading = f"By {' and '.join(axis.key for axis in named)}"
+    return Chart("bars", heading, f"{note}.", panels, legend_of(by))
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:

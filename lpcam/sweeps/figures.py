@@ -38,8 +38,13 @@ class Panel:
 
 
 @styled
-def draw_panels(panels: Sequence[Panel]) -> "Figure":
-    """Panels side by side, at most three a row, with the legend of the first one."""
+def draw_panels(panels: Sequence[Panel], *, legend: bool = True) -> "Figure":
+    """Panels side by side, at most three a row.
+
+    Args:
+        panels: The panels.
+        legend: Put the legend of the first one above all.
+    """
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     width, height = (max(panel.size[i] for panel in panels) for i in (0, 1))
@@ -51,11 +56,17 @@ def draw_panels(panels: Sequence[Panel]) -> "Figure":
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     handles, names = grid[0, 0].get_legend_handles_labels()
-    if handles:
+    if handles and legend:
         fitting = int(columns * width * 11 / (max(map(len, names)) + 5))
         options: Any = {"ncols": max(1, fitting), "columnspacing": 1.2, "handlelength": 1.4}
         figure.legend(handles, names, loc="outside upper left", fontsize=9, **options)
     return figure
+
+
+def legend_of(by: Axis | None) -> list[tuple[str, str]]:
+    """Names and colours of what lines and bars show: CAM, and the values of an axis."""
+    names = [f"{by.name}={text}" for text in shorten(by.values)] if by else []
+    return [*zip(names, COLOURS[1:], strict=False), ("CAM", COLOURS[0])]
 
 
 def shorten(texts: Sequence[str], limit: int = 24) -> list[str]:
@@ -88,13 +99,11 @@ def line_panel(sweep: Sweep, axis: Axis, by: Axis | None, metric: str) -> Panel:
             if not np.isnan(means).all():
                 axes.plot(places, 100 * means[:, 0], "--", color=COLOURS[0], label="CAM")
         axes.set(xlabel=axis.key, ylabel=METRICS[metric][0])
-        if axis.numbers[0] > 0 and axis.numbers[-1] / axis.numbers[0] >= LOG_RATIO:
-            axes.set_xscale("log")
-            axes.minorticks_off()
-        _tick(axes, axis)
+        _scale(axes, axis)
+        _tick(axes, [text for text in axis.values if (text,) in group(jobs, [axis])])
         axes.grid(linewidth=0.6)
 
-    return Panel(f"{METRICS[metric][0].removesuffix(' (%)')} along {axis.name}", (4.4, 3.3), draw)
+    return Panel(f"{METRICS[metric][0].removesuffix(' (%)')} along {axis.name}", (3.95, 3.1), draw)
 
 
 def _line(
@@ -136,16 +145,23 @@ def _unzip(pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]
     return pair[0], pair[1].T
 
 
-def _tick(axes: "Axes", axis: Axis) -> None:
+def _scale(axes: "Axes", axis: Axis) -> None:
+    first, last = axis.numbers[[0, -1]]
+    if first > 0 and last / first >= LOG_RATIO:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+
+
+def _tick(axes: "Axes", values: Sequence[str]) -> None:
     """Tick the values themselves where they leave room for their texts."""
-    numbers = axis.numbers
+    numbers = [float(text) for text in values]
     spread = np.log(numbers) if axes.get_xscale() == "log" else numbers
-    room = 0.017 * (2 + max(map(len, axis.values))) * (spread[-1] - spread[0])
+    room = 0.017 * (2 + max(map(len, values))) * (spread[-1] - spread[0])
     chosen: list[int] = []
     for i in range(len(numbers)):
         if not chosen or spread[i] - spread[chosen[-1]] >= room:
             chosen.append(i)
-    axes.set_xticks([numbers[i] for i in chosen], [axis.values[i] for i in chosen])
+    axes.set_xticks([numbers[i] for i in chosen], [values[i] for i in chosen])
 
 
 def scatter_panel(sweep: Sweep, axis: Axis) -> Panel:
@@ -161,9 +177,10 @@ def scatter_panel(sweep: Sweep, axis: Axis) -> Panel:
         if not math.isnan(cam := 100 * sweep.baseline(sweep.scored)):
             axes.axhline(cam, linestyle="--", color=COLOURS[0], label="CAM")
         axes.set(xlabel=axis.key, ylabel=METRICS["miou"][0])
+        _scale(axes, axis)
         axes.grid(linewidth=0.6)
 
-    return Panel(f"mIoU against {axis.name}", (4.4, 3.3), draw)
+    return Panel(f"mIoU against {axis.name}", (3.95, 3.1), draw)
 
 
 def heat_cells(sweep: Sweep, jobs: Sequence[Job], x: Axis, y: Axis, metric: str) -> np.ndarray:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lpcam.sweeps.jobs import DONE, NOTHING, Axis, Job, find_axes, group, in_order
+from lpcam.sweeps.jobs import DONE, NOTHING, Axis, Job, brief, find_axes, group, in_order
 
 # Name, factor, format.
 METRICS = {
@@ -91,7 +91,9 @@ def average(values: Iterable[float]) -> float:
 
 def label(job: Job, axes: Sequence[Axis], *, short: bool = False, glue: str = ", ") -> str:
     """A job's places on axes as its overrides, with the whole keys or the ends of them."""
-    return glue.join(f"{axis.name if short else axis.key}={job.value(axis)}" for axis in axes)
+    return glue.join(
+        f"{axis.name if short else axis.key}={brief(job.value(axis))}" for axis in axes
+    )
 
 
 def comparable(sweep: Sweep, axis: Axis) -> list[Job]:
@@ -208,7 +210,7 @@ def no_help(sweep: Sweep) -> list[str]:
     if below and sweep.factors:
         loss, job = min(below, key=lambda pair: pair[0])
         sentences.append(
-            f"{len(below)} of {len(sweep.settings)} settings score below CAM; the worst, "
+            f"Below CAM: {len(below)} of {len(sweep.settings)} settings; the worst, "
             f"{label(job, sweep.factors)}, by {-100 * loss:.1f} points."
         )
     return sentences
@@ -223,12 +225,12 @@ def _no_help_along(effect: Effect) -> list[str]:
             for value, mean in means.items()
             if value != nothing and mean <= means[nothing]
         ]
-        return [f"Against {axis.key}={nothing} do not help: {', '.join(losses)}."] if losses else []
+        return [f"No help against {axis.key}={nothing}: {', '.join(losses)}."] if losses else []
     last = list(means)[-1]
     if axis.numeric and effect.best != last:
         return [
-            f"{axis.key} above {effect.best} does not help: "
-            f"{100 * means[effect.best]:.1f} there, {100 * means[last]:.1f} at {last}."
+            f"{axis.key} above {brief(effect.best)} does not help: "
+            f"{100 * means[effect.best]:.1f} there, {100 * means[last]:.1f} at {brief(last)}."
         ]
     return []
 

@@ -103,6 +103,12 @@ def number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def brief(text: str) -> str:
+    """A value as people read it: a number with at most five digits."""
+    value = number(text)
+    return text if value is None or len(text) <= 7 else f"{value:.5g}"
+
+
 def read_jobs(folder: Path) -> list[Job]:
     """Read every job of a sweep, by folder name. What cannot be read is that job's error.
 

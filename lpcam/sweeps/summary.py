@@ -38,7 +38,7 @@ from lpcam.sweeps.findings import (
     noise,
 )
 from lpcam.sweeps.gallery import Row, choose_jobs, choose_pictures, make_rows
-from lpcam.sweeps.jobs import DONE, FAILED, MISSING, Job, group, read_jobs
+from lpcam.sweeps.jobs import DONE, FAILED, MISSING, Job, brief, group, read_jobs
 from lpcam.sweeps.table import computed, job_table, to_csv
 
 STANDALONE_ROWS = 4
@@ -97,7 +97,8 @@ def write_summary(
     rows, no_gallery = _gallery(sweep, dataset, [job for job, _ in columns], gallery)
     if rows:
         _save_gallery(figures / "gallery.png", sweep, rows, [lines for _, lines in columns])
-    class_axes = named_axes(sweep) or sweep.factors[:1]
+    found = effects(sweep)
+    class_axes = named_axes(sweep) or [effect.axis for effect in found[:1]]
     class_places = list(group(sweep.scored, class_axes))
     script = Path(__file__).with_name("sort.js").read_text()
     headings, jobs = job_table(sweep)
@@ -108,13 +109,12 @@ def write_summary(
         lead=best_in_words(sweep),
         progress=progress(sweep),
         best_command=command_of(sweep.best) if sweep.best else "",
-        effects=effects(sweep),
+        several_seeds=any(len(jobs) > 1 for jobs in list(sweep.settings.values())[:1]),
+        effects=found,
         noise=noise(sweep),
         no_help=no_help(sweep),
-        charts=[
-            (chart, [(panel, Markup(svg(draw_panels([panel])))) for panel in chart.panels])
-            for chart in chosen
-        ],
+        charts=chosen,
+        drawn=lambda panel: Markup(svg(draw_panels([panel], legend=False))),
         class_axes=class_axes,
         class_places=class_places,
         classes=class_ious(sweep, class_axes) if len(class_places) <= MOST_CLASS_COLUMNS else {},
@@ -131,6 +131,7 @@ def write_summary(
         first_heading=headings[len(sweep.axes)],
         jobs=jobs,
         computed=computed,
+        brief=brief,
         command=command,
         script=Markup(script),
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
@@ -213,7 +214,7 @@ def print_summary(summary: Summary) -> None:
     for place, jobs in list(sweep.settings.items())[:PRINTED]:
         numbers = (100 * sweep.mean(jobs), 100 * sweep.baseline(jobs))
         cells = ("" if math.isnan(value) else f"{value:.1f}" for value in numbers)
-        table.add_row(*map(escape, place), *cells)
+        table.add_row(*(escape(brief(text)) for text in place), *cells)
     if sweep.settings:
         console.print(table)
         if len(sweep.settings) > PRINTED:

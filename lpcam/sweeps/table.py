@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lpcam.sweeps.findings import METRICS, Sweep
-from lpcam.sweeps.jobs import DONE, Job
+from lpcam.sweeps.jobs import DONE, Job, brief
 
 
 def to_csv(sweep: Sweep) -> str:
@@ -54,7 +54,7 @@ def job_table(sweep: Sweep) -> tuple[list[str], list[tuple[Job, list[Cell]]]]:
     columns.append(("seconds", -1, "{:,.1f}", lambda job: job.seconds.get("total", math.nan)))
     jobs = sorted(sweep.jobs, key=lambda job: _last(-job.score(split, "miou")))
     rows: list[list[Cell]] = [
-        [Cell(job.value(axis), axis.values.index(job.value(axis))) for axis in sweep.axes]
+        [Cell(brief(job.value(axis)), axis.values.index(job.value(axis))) for axis in sweep.axes]
         for job in jobs
     ]
     for _, better, form, value in columns:
