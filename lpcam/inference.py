@@ -186,8 +186,8 @@ class LPCAMCallback(BasePredictionWriter):
             size: Height and width of the pictures.
 
         Returns:
-            ``(M, L, H', W')`` in 0..1 on the stride-4 grid, double precision; L counts the True labels of the whole
-            batch, picture by picture.
+            ``(M, L, H', W')`` in 0..1 on the stride-4 grid, double precision; L counts the True
+            labels of the whole batch, picture by picture.
         """
         present = labels.any(0).nonzero()[:, 0]
         if not len(present):
@@ -199,9 +199,9 @@ class LPCAMCallback(BasePredictionWriter):
 
     def _rectified(self, views: Tensor, present: Tensor) -> Tensor:
         """Maps of one scale after ReLU, for M heads and P classes: ``(M, B, P, h, w)``."""
-        # In single precision the last bits of a product, and of resizing, depend on how many maps are
-        # stacked, and with them which way a value is rounded on disk: a setting would not give the
-        # same file alone and in a sweep. MPS knows no double precision.
+        # In single precision the last bits of a product, and of resizing, depend on how many maps
+        # are stacked, and with them which way a value is rounded on disk: a setting would not give
+        # the same file alone and in a sweep. MPS knows no double precision.
         precise = torch.float32 if views.device.type == "mps" else torch.float64
         maps = []
         if self.plain:
