@@ -195,3 +195,32 @@ def test_a_sweep_that_is_killed_twice_loses_and_repeats_nothing(program, own: Pa
     assert {n: j["metrics"] for n, j in jobs(own).items()} == {
         n: j["metrics"] for n, j in expected.items()
     }
+
+
+@pytest.mark.slow
+def test_launchers_give_the_same(program, own: Path, tmp_path: Path) -> None:
+    """Jobs in this process, in joblib's processes and in submitit's, two at a time."""
+    grid = ("prototypes.k=2,3", "report=false")
+    found = {}
+    for launcher in ("basic", "joblib", "submitit_local"):
+        root = tmp_path / launcher
+        shutil.copytree(own, root)
+        options = [f"hydra/launcher={launcher}"]
+        if launcher == "submitit_local":
+            options.append("hydra.sweeper.max_batch_size=2")
+        if launcher == "joblib":
+            options += ["hydra.launcher.n_jobs=2", "num_workers=1"]
+        command = [
+            sys.executable, "infer.py", "-m", *TINY, *TINY_INFER, f"paths.root={root}",
+            f"hydra.sweep.dir={root / 'sweep'}", *grid, *options,
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[launcher] = {
+            overrides_of(root / "sweep" / name)["prototypes.k"]: job["metrics"]
+            for name, job in jobs(root).items()
+        }
+    assert len(found["basic"]) == 2
+    assert found["basic"] == found["joblib"] == found["submitit_local"]
