@@ -100,6 +100,7 @@ def write_summary(
     found = effects(sweep)
     class_axes = named_axes(sweep) or [effect.axis for effect in found[:1]]
     class_places = list(group(sweep.scored, class_axes))
+    with_classes = 1 < len(class_places) <= MOST_CLASS_COLUMNS
     script = Path(__file__).with_name("sort.js").read_text()
     headings, jobs = job_table(sweep)
     page = render(
@@ -117,7 +118,7 @@ def write_summary(
         drawn=lambda panel: Markup(svg(draw_panels([panel], legend=False))),
         class_axes=class_axes,
         class_places=class_places,
-        classes=class_ious(sweep, class_axes) if len(class_places) <= MOST_CLASS_COLUMNS else {},
+        classes=class_ious(sweep, class_axes) if with_classes else {},
         columns=columns,
         rows=rows,
         no_gallery=no_gallery,
