@@ -106,13 +106,16 @@ def view_loader(
     """
     batches = _ViewBatches(pictures, num_classes, scales, flip, mean, std, batch_size)
     return DataLoader(
-        batches, batch_size=None, num_workers=num_workers, **_start_method(num_workers)
+        batches,
+        batch_size=None,
+        num_workers=num_workers,
+        multiprocessing_context=_start_method(num_workers),
     )
 
 
-def _start_method(num_workers: int) -> dict[str, str]:
+def _start_method(num_workers: int) -> str | None:
     """Under joblib the processes of a loader could not start the way that joblib's own do."""
-    return {"multiprocessing_context": "fork"} if num_workers and sys.platform == "linux" else {}
+    return "fork" if num_workers and sys.platform == "linux" else None
 
 
 class _TrainPictures(Dataset[tuple[Tensor, Tensor]]):
@@ -147,7 +150,7 @@ def train_loader(
         shuffle=shuffle,
         drop_last=shuffle and len(pairs) >= batch_size,
         num_workers=num_workers,
-        **_start_method(num_workers),
+        multiprocessing_context=_start_method(num_workers),
     )
 
 
