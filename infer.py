@@ -116,10 +116,10 @@ def main(cfg: DictConfig) -> float | None:
         outputs.export(output, maps[split]["lpcam"], dataset.pictures(split), threshold)
     stages = {"features": features, "clustering": clustered}
     stages |= {f"maps of {split}": maps[split]["lpcam"] for split in dataset.map_splits}
-    methods = [
-        Method(TITLES[name], scores[name], {s: maps[s][name].folder for s in maps})
+    methods = {
+        name: Method(TITLES[name], scores[name], {s: maps[s][name].folder for s in maps})
         for name in settings
-    ]
+    }
     write_report(
         output / "report.html",
         title=f"LPCAM on {cfg.dataset._target_.split('.')[-1]}",
@@ -127,7 +127,7 @@ def main(cfg: DictConfig) -> float | None:
         config=OmegaConf.to_yaml(cfg, resolve=True),
         dataset=dataset,
         splits={split: dataset.pictures(split) for split in dataset.map_splits},
-        methods=methods,
+        methods=list(methods.values()),
         threshold=threshold,
         prototypes=outputs.prototype_views(features, centers, prototypes, classifier, dataset),
         seconds={name: stage.manifest["seconds"] for name, stage in stages.items()},
