@@ -291,8 +291,9 @@ def finish() -> None:
 
     Without it the next job of a sweep would go on writing to this run.
     """
-    wandb = sys.modules.get("wandb")
-    if wandb is not None:
+    if "wandb" in sys.modules:
+        import wandb
+
         with tolerated():
             wandb.finish(exit_code=int(sys.exception() is not None))
 
@@ -319,8 +320,9 @@ def tolerated() -> Iterator[None]:
         text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         line = text.strip().splitlines()[0]
         print(f"warning: not logged, results are not affected: {line}", file=sys.stderr)
-        wandb = sys.modules.get("wandb")
-        if wandb is not None:
+        if "wandb" in sys.modules:
+            import wandb
+
             with contextlib.suppress(Exception):
                 wandb.finish(exit_code=1)
             if wandb.run is not None:  # its service does not answer: the next job needs another
