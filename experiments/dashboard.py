@@ -8,6 +8,7 @@ will show, and the same command builds it once ``wandb login`` is done.
 import argparse
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,30 +82,26 @@ def build_panel(panel: Panel) -> Any:
     return getattr(wr, panel["panel"])(**arguments)
 
 
-def save(spec: Mapping[str, Any]) -> list[str]:
-    """Make the workspace and the report; their addresses."""
-    import wandb_workspaces.reports.v2 as wr
-    import wandb_workspaces.workspaces as ws
-
+def build(spec: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The workspace and the report that a specification describes; neither is saved yet."""
+    try:
+        import wandb_workspaces.reports.v2 as wr
+        import wandb_workspaces.workspaces as ws
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error.name}: not installed; pip install -e .[dashboard]")
     place = {"entity": spec["entity"], "project": spec["project"]}
-    filters = [ws.Metric("Group") == spec["group"]] if spec["group"] else []
-    workspace = ws.Workspace(
-        **place,
-        name=spec["name"],
-        sections=[
-            ws.Section(name=s["name"], panels=[build_panel(p) for p in s["panels"]], is_open=True)
-            for s in spec["sections"]
-        ],
-        runset_settings=ws.RunsetSettings(filters=filters, pinned_columns=spec["columns"]),
-    ).save()
-    blocks: list[Any] = []
+    filters = ws.And(ws.Metric("Group") == spec["group"]) if spec["group"] else []
+    sections, blocks = [], []
     for section in spec["sections"]:
-        runs = wr.Runset(**place, filters=filters)
         panels = [build_panel(panel) for panel in section["panels"]]
-        blocks += [wr.H2(section["name"]), wr.PanelGrid(runsets=[runs], panels=panels)]
-    report = wr.Report(**place, title=spec["name"], blocks=blocks, width="fluid")
-    report.save()
-    return [workspace.url, report.url]
+        sections.append(ws.Section(name=section["name"], panels=panels, is_open=True))
+        grid = wr.PanelGrid(runsets=[wr.Runset(**place, filters=filters)], panels=panels)
+        blocks += [wr.H2(section["name"]), grid]
+    runs = ws.RunsetSettings(filters=filters, pinned_columns=spec["columns"])
+    return (
+        ws.Workspace(**place, name=spec["name"], sections=sections, runset_settings=runs),
+        wr.Report(**place, title=spec["name"], blocks=blocks, width="fluid"),
+    )
 
 
 def newest_pictures(project: str, entity: str, group: str | None) -> list[str]:
@@ -138,7 +135,9 @@ def main() -> None:
     options.output.write_text(json.dumps(spec, indent=1) + "\n")
     print(f"Specification: {options.output}")
     if online:
-        print(*save(spec), sep="\n")
+        for made in build(spec):
+            made.save()
+            print(made.url)
         return
     names = ", ".join(section["name"] for section in spec["sections"])
     print(

@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,11 +97,18 @@ def read(folder: Path) -> Run:
     from wandb.util import get_core_path
 
     # What ``wandb leet inspect --json`` calls, without the seconds that its start takes.
-    path = max(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime_ns)
+    newest = (folder / "wandb" / "latest-run").resolve()
+    (path,) = newest.glob("run-*.wandb")
     command = [get_core_path(), "leet", "inspect", "--no-observability", "--json"]
-    command += ["--run-file", str(path), str(path.parents[1])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    return Run(path.parent, [json.loads(line) for line in done.stdout.splitlines()])
+    command += ["--run-file", str(path), str(newest.parent)]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:  # its last records are written a moment after it ended
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        if done.returncode == 0 and records and records[-1]["type"] == "exit":
+            return Run(newest, records)
+        time.sleep(0.05)
+    raise TimeoutError(f"{path}: {done.stderr or 'no end'}")
 
 
 def shown(pixel: int) -> Shown:
@@ -284,8 +292,10 @@ def test_the_dashboard_shows_what_runs_log(pair: list[Run]) -> None:
     summary = {key for record in run.all("summary") for key in record["update"]}
     media = {key.rsplit(".", 1)[0] for key in run.history}
     columns, _ = run.table("val/curve_table")
+    workspace, report = dashboard.build(spec)  # which checks every name and type
+    assert [section.name for section in workspace.sections] == [s["name"] for s in spec["sections"]]
+    assert len(report.blocks) == 2 * len(workspace.sections)
     for panel in (panel for section in spec["sections"] for panel in section["panels"]):
-        dashboard.build_panel(panel)  # its own checks of names and types
         values = [panel.get(name) for name in ("x", "y", "z", "groupby")]
         for value in [*values, *panel.get("columns", [])]:
             if value and value.startswith("config."):
