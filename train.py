@@ -43,6 +43,7 @@ def main(cfg: DictConfig) -> float | None:
         weight_decay=cfg.classifier.weight_decay,
         poly_power=cfg.classifier.poly_power,
         freeze_backbone=cfg.classifier.freeze_backbone,
+        freeze_stem=cfg.classifier.freeze_stem,
     )
     config = OmegaConf.to_container(cfg, resolve=True)
     logger = None
