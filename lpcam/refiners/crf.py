@@ -6,7 +6,8 @@ where U is minus the logarithm of the probabilities, K_g a Gaussian of the dista
 K_b one of distance and colour, both with their self term and normalised to ``D^-1/2 K D^-1/2``.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -53,6 +54,44 @@ PARAMETERS = {
     "mctformer_seg": CRFParameters(10, 4, 3, 83, 5, 3),
     "afa": CRFParameters(10, 3, 3, 64, 5, 4),
 }
+
+
+def crf_parameters(choice: str | Mapping[str, float]) -> CRFParameters:
+    """Look up published parameters by name, or take one's own.
+
+    Args:
+        choice: A name in :data:`PARAMETERS`, or the attributes of :class:`CRFParameters`.
+
+    Raises:
+        InputError: There is no such name, or attributes are missing or unknown.
+    """
+    if isinstance(choice, str):
+        if choice not in PARAMETERS:
+            raise InputError(f"CRF parameters {choice!r}: choose from {', '.join(PARAMETERS)}")
+        return PARAMETERS[choice]
+    names = [field.name for field in fields(CRFParameters)]
+    if set(choice) != set(names):
+        raise InputError(f"CRF parameters {', '.join(choice)}: give {', '.join(names)}")
+    return CRFParameters(**choice)  # type: ignore[arg-type]
+
+
+def with_background(maps: Tensor, value: float, *, power: bool = False) -> Tensor:
+    """Put a background score before the maps.
+
+    Args:
+        maps: Maps ``(L, H, W)`` in 0..1; L may be 0.
+        value: The background's score everywhere, or with ``power`` the exponent in
+            ``(1 - strongest map)^value``, as in AffinityNet and EDAM.
+        power: See above.
+
+    Returns:
+        ``(L + 1, H, W)``.
+    """
+    background = maps.new_full((1, *maps.shape[1:]), 0.0 if power else value)
+    if power:
+        strongest = torch.cat([background, maps]).amax(0, keepdim=True)
+        background = (1 - strongest.clamp_max(1)) ** value
+    return torch.cat([background, maps])
 
 
 def label_probabilities(labels: Tensor, num_labels: int, gt_prob: float = 0.7) -> Tensor:
