@@ -6,16 +6,22 @@ where U is minus the logarithm of the probabilities, K_g a Gaussian of the dista
 K_b one of distance and colour, both with their self term and normalised to ``D^-1/2 K D^-1/2``.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from lpcam.data.dataset import Picture
 from lpcam.errors import InputError
+from lpcam.refiners.base import Refiner
+from lpcam.seeds import Seed
 
 BACKENDS = ("pydensecrf", "exact")
+UNARIES = ("constant", "power", "labels")
 # What a probability of 0 counts as, in every published pipeline.
 SMALLEST = 1e-5
 # Pairs of pixels that the exact backend has in memory at a time.
@@ -159,6 +165,22 @@ def check_backend(backend: str) -> None:
             ) from error
 
 
+def scores_against_background(probabilities: Tensor) -> Tensor:
+    """Turn probabilities into scores of the classes that exceed 0.5 where a class wins.
+
+    The score of class c is ``q_c / (q_0 + max_k q_k)``, 0 being the background: for the strongest
+    class ``q_c / (q_c + q_0)``. Were it that for every class, two sure ones would both round to 1.
+
+    Args:
+        probabilities: ``(L + 1, H, W)``, background first; L is at least 1.
+
+    Returns:
+        Scores ``(L, H, W)`` in 0..1.
+    """
+    classes = probabilities[1:]
+    return classes / (probabilities[0] + classes.amax(0))
+
+
 def _lattice_mean_field(image: np.ndarray, unary: Tensor, parameters: CRFParameters) -> Tensor:
     from pydensecrf.densecrf import DenseCRF2D
 
@@ -219,3 +241,58 @@ def _exact_mean_field(image: np.ndarray, unary: Tensor, parameters: CRFParameter
         message = parameters.gaussian_weight * near + parameters.bilateral_weight * alike
         found = (message - unary).softmax(0)
     return found
+
+
+class CRF(Refiner):
+    """Dense CRF on the maps and a background, at the picture's own size.
+
+    The result is above 0.5 exactly where the CRF chooses a class.
+
+    Args:
+        parameters: See :func:`crf_parameters`.
+        unary: How the maps become probabilities, with a background score b = ``unary_background``:
+            ``constant``, next to a background of b; ``power``, next to one of
+            ``(1 - strongest map)^b``; ``labels``, the labels of ``constant`` trusted to 0.7.
+        unary_background: See above.
+        backend: See :func:`dense_crf`.
+        device: Where the backend ``exact`` computes, such as "cuda".
+        **options: See :class:`~lpcam.refiners.base.Refiner`.
+
+    Raises:
+        InputError: A setting has a value that it cannot have.
+    """
+
+    def __init__(
+        self,
+        *,
+        parameters: str | Mapping[str, float] = "psa",
+        unary: str = "constant",
+        unary_background: float = 0.5,
+        backend: str = "pydensecrf",
+        device: str = "cpu",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if unary not in UNARIES:
+            raise InputError(f"refiner.unary={unary}: unknown; choose from {', '.join(UNARIES)}")
+        self.parameters = crf_parameters(parameters)
+        self.unary = unary
+        self.unary_background = unary_background
+        self.backend = backend
+        self.device = device
+
+    def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:  # noqa: D102 - inherited
+        check_backend(self.backend)
+        inputs = {**super().inputs(pictures), "parameters": asdict(self.parameters)}
+        del inputs["device"]
+        return inputs
+
+    def refine(self, image_id: str, image: Image.Image, seed: Seed) -> Seed:  # noqa: D102 - inherited
+        maps = seed.full_size().to(self.device)
+        if len(maps):
+            scored = with_background(maps, self.unary_background, power=self.unary == "power")
+            if self.unary == "labels":
+                scored = label_probabilities(scored.argmax(0), len(scored))
+            found = dense_crf(np.array(image), scored, self.parameters, backend=self.backend)
+            maps = scores_against_background(found)
+        return Seed(seed.keys, maps.half().cpu().numpy(), seed.size)
