@@ -28,9 +28,8 @@ def mean_field(
         sums = kernel.sum(1)
         kernel /= np.sqrt(np.outer(sums, sums))
     mixed = gaussian[1] * kernels[0] + bilateral[2] * kernels[1]
-    unary = [
-        [-math.log(max(probabilities[c, y, x], 1e-5)) for y, x in pixels] for c in range(count)
-    ]
+    clipped = [[max(plane[y, x], 1e-5) for y, x in pixels] for plane in probabilities]
+    unary = -np.log(np.array(clipped))
 
     def softmax(energies: np.ndarray) -> np.ndarray:
         powers = np.exp(energies.min(0) - energies)
