@@ -84,7 +84,7 @@ def affinity_labels(
         scores = [torch.cat([both[index : index + 1], both[2:]]) for index in (0, 1)]
     else:
         scores = [
-            dense_crf(np.asarray(image), torch.cat([background, maps]), PARAMETERS["psa"])
+            dense_crf(np.array(image), torch.cat([background, maps]), PARAMETERS["psa"])
             for background in backgrounds
         ]
     inflated, deflated = (cell_means(s, stride).argmax(0) for s in scores)
@@ -114,5 +114,5 @@ def _crf_mask(image: Image.Image, mask: np.ndarray, keys: Sequence[int] | np.nda
     values = np.append(0, np.asarray(keys, np.int64) + 1)
     labels = torch.from_numpy(np.searchsorted(values, mask))
     probabilities = label_probabilities(labels, len(values))
-    found = dense_crf(np.asarray(image), probabilities, PARAMETERS["irn_labels"]).argmax(0)
+    found = dense_crf(np.array(image), probabilities, PARAMETERS["irn_labels"]).argmax(0)
     return values[found.numpy()].astype(np.uint8)
