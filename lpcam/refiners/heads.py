@@ -4,6 +4,7 @@ Both learnt refiners see the same data: pictures, and label images made from the
 picture is first asked for, by as many processes as load pictures. A killed run finds them again.
 """
 
+import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from lpcam.seeds import save_mask
 from lpcam.store import is_main_process, write_atomically
 
 WEIGHTS = "heads.safetensors"
-CHECKPOINT = "last.ckpt"
+CHECKPOINT = Path("checkpoint", "last.ckpt")
 
 
 class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
@@ -203,11 +204,11 @@ def train_heads(
         drop_last=len(crops) >= batch_size,
         num_workers=num_workers,
     )
-    checkpoint = ModelCheckpoint(folder, Path(CHECKPOINT).stem, enable_version_counter=False)
+    last = folder / CHECKPOINT
+    checkpoint = ModelCheckpoint(last.parent, last.stem, enable_version_counter=False)
     trainer = make_trainer(
         max_epochs=epochs, num_sanity_val_steps=0, logger=False, callbacks=[checkpoint]
     )
-    last = folder / CHECKPOINT
     resume = str(last) if last.is_file() else None
     trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
 
@@ -217,7 +218,7 @@ def save_head(folder: Path, head: nn.Module) -> None:
     if is_main_process():
         state = {key: value.cpu().contiguous() for key, value in head.state_dict().items()}
         write_atomically(folder / WEIGHTS, save(state))
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+        shutil.rmtree((folder / CHECKPOINT).parent, ignore_errors=True)
 
 
 def load_head(folder: Path, head: nn.Module) -> None:

@@ -57,9 +57,9 @@ class Thresholds(NamedTuple):
 
 
 # As published; the first is for the embedded data with EfficientNet, whose LPCAM maps are best at
-# a background score of 0.5 to 0.6.
+# a background score of 0.6.
 THRESHOLDS = {
-    "cutouts": Thresholds(0.65, 0.45, 0.5),
+    "cutouts": Thresholds(0.72, 0.5, 0.4, 2.0),
     "lpcam": Thresholds(0.45, 0.25, 0.35),
     "irn": Thresholds(0.30, 0.05, 0.25),
     "recam_voc": Thresholds(0.35, 0.10, 0.28),
@@ -247,7 +247,7 @@ class IRN(TrainedRefiner):
         radius: int = 10,
         crop: int = 256,
         scales: Sequence[float] = (0.5, 1.5),
-        epochs: int = 6,
+        epochs: int = 4,
         batch_size: int = 8,
         lr: float = 0.1,
         walk_radius: int = 5,

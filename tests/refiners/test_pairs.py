@@ -19,13 +19,9 @@ def test_pair_labels(shape: tuple[int, int, int], radius: int) -> None:
     found = pair_labels(torch.from_numpy(labels), radius)
     offsets = pair_offsets(radius)
     margin = radius - 1
-    assert found.different.shape == (shape[0], len(offsets), shape[1] - margin,
-                                     shape[2] - 2 * margin)  # fmt: skip
-    sets: dict[str, set[oracle.Pair]] = {
-        "background": set(),
-        "foreground": set(),
-        "different": set(),
-    }
+    sources = (shape[1] - margin, shape[2] - 2 * margin)
+    assert found.different.shape == (shape[0], len(offsets), *sources)
+    sets: dict[str, set[oracle.Pair]] = {name: set() for name in found._fields}
     for name, mask in zip(found._fields, found, strict=True):
         for b, o, y, x in mask.nonzero().tolist():
             sets[name].add((b, y, x + margin, *offsets[o]))

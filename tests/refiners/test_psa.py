@@ -39,7 +39,7 @@ def ready(folder: Path, **settings: float) -> PSA:
 def test_training_improves_the_loss(trained: tuple[Path, list[float]]) -> None:
     folder, losses = trained
     assert len(losses) == 24
-    assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6])
+    assert np.mean(losses[-6:]) < 0.95 * np.mean(losses[:6])
     assert sorted(p.name for p in folder.iterdir()) == ["heads.safetensors", "labels"]
 
 
@@ -155,5 +155,5 @@ def test_what_results_depend_on() -> None:
     assert PSA(background=0.1, source="cam").inputs([]) == inputs
     assert PSA(beta=3).inputs([]) != inputs
     assert PSA(beta=3, steps=2, power=2).training_inputs() == plain.training_inputs()
-    for changed in ({"low": 0.1}, {"high": 3}, {"radius": 4}, {"epochs": 1}, {"lr": 1}):
+    for changed in ({"low": 0.1}, {"high": 3}, {"radius": 4}, {"epochs": 1}, {"lr": 2}):
         assert PSA(**changed).training_inputs() != plain.training_inputs()
