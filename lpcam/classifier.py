@@ -32,6 +32,7 @@ class Classifier(pl.LightningModule):
         weight_decay: Weight decay of all weights.
         poly_power: Exponent of the schedule.
         freeze_backbone: Train the head alone.
+        freeze_stem: Keep the backbone's first convolution and its BatchNorm.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Classifier(pl.LightningModule):
         weight_decay: float = 1e-4,
         poly_power: float = 0.9,
         freeze_backbone: bool = False,
+        freeze_stem: bool = False,
     ) -> None:
         super().__init__()
         if optimizer not in ("sgd", "adamw"):
@@ -54,6 +56,10 @@ class Classifier(pl.LightningModule):
         self.save_hyperparameters(ignore=["backbone"])
         self.num_classes = num_classes
         self.backbone = backbone.requires_grad_(not freeze_backbone)
+        if freeze_stem:
+            for kind in (nn.Conv2d, nn.modules.batchnorm._BatchNorm):
+                first = next((m for m in backbone.modules() if isinstance(m, kind)), nn.Identity())
+                first.requires_grad_(False)
         self.head = nn.Linear(backbone.dim, num_classes, bias=False)
         self.average_precision = MultilabelAveragePrecision(num_classes)
         self.f1 = MultilabelF1Score(num_classes)

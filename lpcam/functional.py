@@ -74,13 +74,15 @@ def normalize_maps(maps: Tensor, eps: float = 1e-5) -> Tensor:
 
     Args:
         maps: Maps ``(..., h, w)``.
-        eps: Added to the maximum, so that an all-zero map stays zero instead of becoming NaN.
+        eps: Added to the maximum. With 0 the maximum becomes exactly 1, as in the published code.
 
     Returns:
-        Maps of the same shape in 0..1.
+        Maps of the same shape in 0..1. An all-zero map stays zero whatever ``eps`` is; the
+        published code makes it NaN.
     """
     maps = maps.relu()
-    return maps / (maps.amax((-2, -1), keepdim=True) + eps)
+    divisor = maps.amax((-2, -1), keepdim=True) + eps
+    return maps / torch.where(divisor > 0, divisor, 1)
 
 
 def merge_scales(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

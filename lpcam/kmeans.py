@@ -17,6 +17,8 @@ from lpcam.errors import InputError
 # Elements up to which all rows are converted to single precision at once (1 GiB): converting
 # them chunk by chunk again in each iteration takes several times as long as the products.
 IN_MEMORY = 2**28
+# Rows that are converted and multiplied at a time.
+CHUNK = 16384
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def spherical_kmeans(
     seed: int = 0,
     max_iter: int = 100,
     tol: float = 1e-4,
-    chunk_size: int = 65536,
+    chunk_size: int = CHUNK,
 ) -> KMeansResult:
     """Cluster rows by direction.
 

@@ -6,15 +6,12 @@ missing. None knows of Hydra.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
-from rich.progress import track
 from torch import Tensor
 
 from lpcam.backbones import Backbone
@@ -23,11 +20,10 @@ from lpcam.data.dataset import Picture, SegmentationDataset, fingerprint, multi_
 from lpcam.data.loaders import pooled_loader, train_loader, view_loader
 from lpcam.data.transforms import TrainTransform
 from lpcam.errors import InputError
-from lpcam.evaluation.segmentation import SegmentationResult, SegmentationScore
-from lpcam.inference import FeatureCallback, LPCAMCallback, MapHead
-from lpcam.prototypes import Centers, Prototypes, fit_centers
-from lpcam.seeds import load_seed
-from lpcam.store import Stage
+from lpcam.inference import FeatureCallback
+from lpcam.local_features import choose_pictures
+from lpcam.prototypes import Centers, fit_centers
+from lpcam.store import Stage, digest
 
 MakeTrainer = Callable[..., pl.Trainer]
 
@@ -76,13 +72,44 @@ def features(
     *,
     local: bool,
     num_workers: int,
+    split: str = "single_view",
+    scales: Sequence[float] = (),
+    flip: bool = False,
 ) -> Stage:
-    """Features of each picture at its own size, not mirrored: ``<id>.npz``."""
-    inputs = {
+    """Features of each picture at its own size, not mirrored: ``<id>.npz``.
+
+    Args:
+        store: The store's folder.
+        make_trainer: Makes Lightning's trainer.
+        classifier: The classifier.
+        pictures: The pictures.
+        local: Whether local features are wanted, and not just their means.
+        num_workers: Processes that decode pictures.
+        split: What local features are going to be split by. ``single_view`` is the CAM of the
+            features themselves, which takes nothing more. ``multi_scale`` is the published code's,
+            see :func:`~lpcam.inference.sampled_cam`; it is kept with the features.
+        scales: Scales of that CAM.
+        flip: Whether mirror images are part of it.
+
+    Raises:
+        InputError: ``split`` is unknown, or scale 1, that of the features, is not among the scales.
+    """
+    if split not in ("single_view", "multi_scale"):
+        raise InputError(f"prototypes.split={split}: unknown; choose single_view or multi_scale")
+    sampled = split == "multi_scale"
+    inputs: dict[str, Any] = {
         "backbone": classifier.backbone.fingerprint,
         "pictures": fingerprint(pictures),
         "local": local,
     }
+    if sampled:
+        if 1 not in scales:
+            raise InputError(
+                f"inference.scales={list(scales)}: prototypes.split=multi_scale takes features at "
+                "scale 1; add it"
+            )
+        inputs["weight"] = tensor_digest(classifier.weight)
+        inputs |= {"scales": sorted(scales), "flip": flip}
     stage = Stage(store, "features", inputs)
     with stage.build(resume=True) as folder:
         if folder:
@@ -90,10 +117,12 @@ def features(
                 make_trainer,
                 classifier,
                 pictures,
-                FeatureCallback(folder, local=local),
+                FeatureCallback(
+                    folder, local=local, cam_weight=classifier.weight if sampled else None
+                ),
                 done=lambda picture: (folder / f"{picture.id}.npz").is_file(),
-                scales=[1.0],
-                flip=False,
+                scales=[1.0, *(scale for scale in scales if sampled and scale != 1)],
+                flip=sampled and flip,
                 batch_size=1,
                 num_workers=num_workers,
             )
@@ -101,7 +130,7 @@ def features(
 
 
 def read_features(stage: Stage, picture: Picture, name: str) -> np.ndarray:
-    """One array of one picture from a features stage: ``pooled`` (D,) or ``local`` (h, w, D)."""
+    """One array of one picture from a features stage, see :class:`FeatureCallback`."""
     with np.load(stage.folder / f"{picture.id}.npz", allow_pickle=False) as file:
         return file[name]
 
@@ -230,6 +259,37 @@ def train(
         return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
+def prototype_pictures(
+    dataset: SegmentationDataset,
+    *,
+    images_per_class: int | None,
+    with_replacement: bool,
+    seed: int,
+) -> tuple[list[Picture], list[list[int]]]:
+    """Which pictures of the prototype split are clustered.
+
+    Args:
+        dataset: The data.
+        images_per_class: See :func:`~lpcam.local_features.choose_pictures`.
+        with_replacement: Likewise.
+        seed: Likewise.
+
+    Returns:
+        The pictures whose features are needed, and for each class the indices of its pictures in
+        the split.
+    """
+    pictures = dataset.pictures(dataset.prototype_split)
+    chosen = choose_pictures(
+        multi_hot(pictures, len(dataset.classes)),
+        images_per_class,
+        with_replacement=with_replacement,
+        seed=seed,
+    )
+    if images_per_class is None:  # the same stage as for training a head on the whole split
+        return pictures, chosen
+    return [pictures[index] for index in sorted(set().union(*chosen))], chosen
+
+
 def centers(
     store: Path,
     found: Stage,
@@ -239,8 +299,12 @@ def centers(
     k: int,
     tau: float,
     seed: int,
+    init: str,
+    tol: float,
     max_iter: int,
     allow_missing: bool,
+    chosen: Sequence[Sequence[int]],
+    split: str,
 ) -> tuple[Stage, Centers]:
     """Centres of every class: ``centers.safetensors``.
 
@@ -252,8 +316,12 @@ def centers(
         k: Clusters on each side.
         tau: Threshold of the split into foreground and context.
         seed: Seed of the clustering.
+        init: See :func:`~lpcam.prototypes.fit_centers`.
+        tol: Likewise.
         max_iter: Upper bound on its iterations.
         allow_missing: Skip a class without pictures.
+        chosen: See :func:`prototype_pictures`.
+        split: The same as for the features.
     """
     inputs = {
         "features": found.key,
@@ -261,13 +329,22 @@ def centers(
         "k": k,
         "tau": tau,
         "seed": seed,
+        "init": init,
+        "tol": tol,
         "max_iter": max_iter,
         "allow_missing": allow_missing,
+        "chosen": digest(chosen),
+        "split": split,
     }
     stage = Stage(store, "centers", inputs)
     with stage.build() as folder:
         if folder:
             pictures = dataset.pictures(dataset.prototype_split)
+
+            def read_cam(index: int, class_index: int) -> np.ndarray:
+                place = (pictures[index].labels or ()).index(class_index)
+                return read_features(found, pictures[index], "cam")[place]
+
             fit_centers(
                 lambda index: read_features(found, pictures[index], "local"),
                 multi_hot(pictures, len(dataset.classes)),
@@ -276,119 +353,12 @@ def centers(
                 k=k,
                 tau=tau,
                 seed=seed,
+                init=init,
+                tol=tol,
                 max_iter=max_iter,
                 allow_missing=allow_missing,
+                chosen=chosen,
+                read_cam=read_cam if split == "multi_scale" else None,
                 progress=True,
             ).save(folder / "centers.safetensors")
     return stage, Centers.load(stage.folder / "centers.safetensors")
-
-
-@dataclass(frozen=True)
-class MapSetting:
-    """One way of making maps: plain CAM, or LPCAM with these directions.
-
-    Attributes:
-        directions: Directions ``(C, D)``; None for plain CAM.
-        offset: See :class:`~lpcam.inference.MapHead`.
-    """
-
-    directions: Tensor | None = None
-    offset: float = 0.0
-
-
-def lpcam_setting(prototypes: Prototypes, use: str) -> MapSetting:
-    """LPCAM with the prototypes of ``class``, of ``context`` or of ``both``."""
-    # Without class prototypes the map is 1 - mean cosine to the context: how unlike it is.
-    return MapSetting(prototypes.directions(use), 1.0 if use == "context" else 0.0)
-
-
-def maps(
-    store: Path,
-    make_trainer: MakeTrainer,
-    classifier: Classifier,
-    pictures: Sequence[Picture],
-    settings: Mapping[str, MapSetting],
-    *,
-    scales: Sequence[float],
-    flip: bool,
-    batch_size: int,
-    num_workers: int,
-) -> dict[str, Stage]:
-    """Maps of every setting from one pass over the pictures: seed records ``<id>.npz``.
-
-    Args:
-        store: The store's folder.
-        make_trainer: Makes Lightning's trainer.
-        classifier: The trained classifier.
-        pictures: The pictures.
-        settings: What to compute, by name. Equal settings share a stage.
-        scales: Factors on the pictures' size.
-        flip: Add the mirror image.
-        batch_size: Pictures a forward pass.
-        num_workers: Processes that decode pictures.
-
-    Returns:
-        The stage of each setting.
-    """
-    common = {
-        "backbone": classifier.backbone.fingerprint,
-        "pictures": fingerprint(pictures),
-        "scales": list(scales),
-        "flip": flip,
-    }
-    stages = {}
-    for name, setting in settings.items():
-        matrix = classifier.weight if setting.directions is None else setting.directions
-        head = "cam" if setting.directions is None else "lpcam"
-        inputs = {"head": head, "matrix": tensor_digest(matrix), "offset": setting.offset}
-        stages[name] = Stage(store, "maps", {**common, **inputs})
-    distinct = {stages[name].key: name for name in settings}
-    with ExitStack() as stack:
-        heads = []
-        for key in sorted(distinct):  # every process takes the locks in the same order
-            folder = stack.enter_context(stages[distinct[key]].build(resume=True))
-            if folder:
-                setting = settings[distinct[key]]
-                heads.append(MapHead(folder, setting.directions, setting.offset))
-        if heads:
-            predict(
-                make_trainer,
-                classifier,
-                pictures,
-                LPCAMCallback(classifier.weight, heads),
-                done=lambda picture: all((h.folder / f"{picture.id}.npz").is_file() for h in heads),
-                scales=scales,
-                flip=flip,
-                batch_size=batch_size,
-                num_workers=num_workers,
-            )
-    return stages
-
-
-def score(
-    store: Path, found: Stage, dataset: SegmentationDataset, split: str
-) -> SegmentationResult | None:
-    """Compare maps with the true masks, at every threshold; None without any mask."""
-    pictures = dataset.pictures(split)
-    masks = [digest for p in pictures if (digest := dataset.mask_digest(p))]
-    if not masks:
-        return None
-    stage = Stage(store, "scores", {"maps": found.key, "masks": masks, "bins": 100})
-    total = SegmentationScore(len(dataset.classes))
-    with stage.build() as folder:
-        if folder:
-            for picture in track(pictures, "Scoring"):
-                mask = dataset.mask(picture)
-                if mask is None:
-                    continue
-                seed = load_seed(found.folder / f"{picture.id}.npz")
-                if mask.shape != seed.size:
-                    raise InputError(
-                        f"{picture.mask_path or picture.id}: mask of {mask.shape[1]}x"
-                        f"{mask.shape[0]} pixels, picture of {seed.size[1]}x{seed.size[0]}; "
-                        "give its own mask"
-                    )
-                total.update(seed.full_size(), seed.keys, mask)
-            np.save(folder / "histogram.npy", total.histogram)
-    total.histogram = np.load(stage.folder / "histogram.npy", allow_pickle=False)
-    return total.compute()

@@ -1,8 +1,4 @@
-"""Prototypes: collect local features, cluster them, select what to keep.
-
-The three steps of the paper's section 3.2 for one class after another, so that no more than one
-class's features are in memory.
-"""
+"""Prototypes: cluster local features, select what to keep (section 3.2 of the paper)."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,23 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lpcam.errors import InputError
-from lpcam.functional import class_activation_map, normalize_maps
-from lpcam.kmeans import spherical_kmeans
+from lpcam.kmeans import CHUNK, spherical_kmeans
+from lpcam.local_features import LocalFeatures, choose_pictures, split_features
 from lpcam.prototype_head import transform
 from lpcam.prototype_set import SIDES, Prototypes
-
-
-@dataclass(frozen=True)
-class LocalFeatures:
-    """Local features of one class on one side of the split, and where they come from.
-
-    Attributes:
-        rows: Features ``(N, D)``, half precision.
-        places: For each row, index of the picture, grid row and grid column ``(N, 3)`` int32.
-    """
-
-    rows: Tensor
-    places: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,72 +47,57 @@ class Centers:
             return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
-def split_features(
-    read: Callable[[int], np.ndarray],
-    pictures: Sequence[int],
-    weight: Tensor,
-    tau: float,
-    transform: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[LocalFeatures, LocalFeatures]:
-    """Split the local features of one class's pictures by the class's own CAM.
-
-    Args:
-        read: Gives a picture's local features ``(h, w, D)`` by its index.
-        pictures: Indices of the pictures that show the class.
-        weight: The class's weights ``(D,)``.
-        tau: Where the CAM, in 0..1, reaches it lies foreground; context elsewhere. Context includes
-            other classes in the same pictures, as in the paper.
-        transform: Applied to features ``(n, D)`` once they are split; nothing by default.
-
-    Returns:
-        Foreground and context.
-
-    Raises:
-        InputError: Features are infinite or NaN.
-    """
-    rows: tuple[list[Tensor], list[Tensor]] = ([], [])
-    places: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for index in pictures:
-        local = torch.from_numpy(read(index))
-        if not local.isfinite().all():
-            raise InputError(
-                f"features of picture {index}: not finite in half precision; "
-                "check the picture and the model"
-            )
-        cam = class_activation_map(local.float().permute(2, 0, 1)[None], weight[None])
-        foreground = normalize_maps(cam)[0, 0] >= tau
-        for side, chosen in enumerate((foreground, ~foreground)):
-            place = chosen.nonzero().int()
-            own = local[chosen]
-            rows[side].append(own if transform is None else transform(own.float()).half())
-            places[side].append(F.pad(place, (1, 0), value=index))
-    sides = [LocalFeatures(torch.cat(r), torch.cat(p)) for r, p in zip(rows, places, strict=True)]
-    return sides[0], sides[1]
-
-
 def cluster(
-    features: LocalFeatures, k: int, *, seed: int, max_iter: int, nearest: int = 6
+    features: LocalFeatures,
+    k: int,
+    *,
+    seed: int,
+    max_iter: int,
+    init: str = "k-means++",
+    tol: float = 1e-4,
+    nearest: int = 6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster one side of one class.
 
     Returns:
         Centres ``(K, D)``, counts ``(K,)`` and nearest features ``(K, nearest, 3)``, as in
         :class:`Centers`.
+
+    Raises:
+        InputError: ``init`` is unknown, or there are fewer features than clusters.
     """
-    result = spherical_kmeans(features.rows, k, seed=seed, max_iter=max_iter)
+    start = None
+    if init == "random":
+        candidates = features.rows.any(1).nonzero()[:, 0]
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(candidates), generator=generator)[:k]
+        start = features.rows[candidates[order]]
+    elif init != "k-means++":
+        raise InputError(f"prototypes.init={init}: unknown; choose k-means++ or random")
+    result = spherical_kmeans(features.rows, k, init=start, seed=seed, max_iter=max_iter, tol=tol)
     counts = torch.bincount(result.labels[result.labels >= 0], minlength=k)
     places = torch.full((k, nearest, 3), -1, dtype=torch.int32)
+    cosine = _own_cosine(features.rows, result.centers, result.labels)
     for j in range(k):
         member = (result.labels == j).nonzero()[:, 0]
-        cosine = F.cosine_similarity(features.rows[member].float(), result.centers[j][None])
         seen: set[int] = set()
-        for row in features.places[member[cosine.argsort(descending=True, stable=True)]]:
+        for row in features.places[member[cosine[member].argsort(descending=True, stable=True)]]:
             if len(seen) == nearest:
                 break
             if int(row[0]) not in seen:
                 places[j, len(seen)] = row
                 seen.add(int(row[0]))
     return result.centers, counts, places
+
+
+def _own_cosine(rows: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
+    """Cosine ``(N,)`` of each row to the centre of its cluster, in chunks that memory can take."""
+    unit = F.normalize(centers, dim=1).T
+    cosine = [
+        (F.normalize(chunk.float(), dim=1) @ unit).gather(1, own.clamp_min(0)[:, None])[:, 0]
+        for chunk, own in zip(rows.split(CHUNK), labels.split(CHUNK), strict=True)
+    ]
+    return torch.cat(cosine)
 
 
 def fit_centers(
@@ -141,12 +109,18 @@ def fit_centers(
     k: int,
     tau: float,
     seed: int = 0,
+    init: str = "k-means++",
+    tol: float = 1e-4,
     max_iter: int = 100,
     allow_missing: bool = False,
+    read_cam: Callable[[int, int], np.ndarray] | None = None,
+    chosen: Sequence[Sequence[int]] | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> Centers:
     """Collect and cluster, class by class (section 3.2 of the paper).
+
+    No more than one class's features are held at any time.
 
     Args:
         read: Gives a picture's local features ``(h, w, D)`` by its index.
@@ -156,10 +130,17 @@ def fit_centers(
         k: Clusters on each side.
         tau: Threshold of the split.
         seed: Seed of the clustering.
+        init: Where the clustering starts: ``k-means++``, or ``random`` features as in the
+            published code.
+        tol: See :func:`~lpcam.kmeans.spherical_kmeans`.
         max_iter: Upper bound on its iterations.
         allow_missing: Skip a class without pictures instead of failing, and make as many clusters
             as there are features where these are fewer than k.
-        transform: See :func:`split_features`.
+        read_cam: Gives a picture's CAM of a class by both indices, see
+            :func:`~lpcam.local_features.split_features`.
+        chosen: For each class the pictures to use, see
+            :func:`~lpcam.local_features.choose_pictures`; by default all that show it.
+        transform: See :func:`~lpcam.local_features.split_features`.
         progress: Show a bar.
 
     Raises:
@@ -170,25 +151,39 @@ def fit_centers(
     centers = torch.zeros(num_classes, 2, k, dim)
     counts = torch.zeros(num_classes, 2, k, dtype=torch.int64)
     nearest = torch.full((num_classes, 2, k, 6, 3), -1, dtype=torch.int32)
-    for c, name in enumerate(track(classes, "Clustering", disable=not progress)):
-        pictures = np.flatnonzero(labels[:, c])
-        if not len(pictures):
-            if allow_missing:
-                continue
-            raise InputError(
-                f"class {name!r} has no picture to learn prototypes from; "
-                "add some or set prototypes.allow_missing=true"
-            )
-        sides = split_features(read, pictures.tolist(), weight[c], tau, transform)
+    if chosen is None:
+        chosen = choose_pictures(labels)
+
+    def fit_class(c: int) -> None:
+        # A function, so that the features are gone before those of the next class come.
+        sides = split_features(
+            read,
+            chosen[c],
+            weight[c],
+            tau,
+            transform,
+            None if read_cam is None else lambda index: read_cam(index, c),
+        )
         for side, features in enumerate(sides):
             n = min(k, int(features.rows.any(1).sum())) if allow_missing else k
             if allow_missing and n == 0:
                 continue
             try:
-                fitted = cluster(features, n, seed=seed, max_iter=max_iter)
+                fitted = cluster(features, n, seed=seed, max_iter=max_iter, init=init, tol=tol)
             except InputError as error:
-                raise InputError(f"prototypes of class {name!r}, {SIDES[side]}: {error}") from error
+                raise InputError(
+                    f"prototypes of class {classes[c]!r}, {SIDES[side]}: {error}"
+                ) from error
             centers[c, side, :n], counts[c, side, :n], nearest[c, side, :n] = fitted
+
+    for c, name in enumerate(track(classes, "Clustering", disable=not progress)):
+        if chosen[c]:
+            fit_class(c)
+        elif not allow_missing:
+            raise InputError(
+                f"class {name!r} has no picture to learn prototypes from; "
+                "add some or set prototypes.allow_missing=true"
+            )
     return Centers(centers, counts, nearest)
 
 
@@ -234,11 +229,11 @@ def select(
     class_minimum: float,
     context_maximum: float,
     context_minimum: float | None = None,
+    fallback: str = "best",
 ) -> Prototypes:
     """Select the prototypes of every class.
 
-    A class of which no centre passes keeps its best one, with a warning. A class may keep no
-    context prototype at all; then nothing is subtracted.
+    A class may keep no context prototype at all; then nothing is subtracted.
 
     Args:
         centers: All centres.
@@ -247,7 +242,14 @@ def select(
         class_minimum: The paper's mu_f.
         context_maximum: The paper's mu_b.
         context_minimum: Drops context centres with next to no score; in the published code only.
+        fallback: What happens to a class of which no centre passes: it keeps its ``best`` one, with
+            a warning, or that is an ``error``.
+
+    Raises:
+        InputError: No centre of a class passes and ``fallback`` is ``error``, or it is unknown.
     """
+    if fallback not in ("best", "error"):
+        raise InputError(f"prototypes.fallback={fallback}: unknown; choose best or error")
     own, context, indices = [], [], []
     for c, name in enumerate(classes):
         foreground, background = centers.centers[c]
@@ -256,6 +258,12 @@ def select(
         if filled[0].any() and not keep.any():
             # An empty cluster's zero centre would score 1 / C.
             score = class_score(foreground, weight, c).where(filled[0], 0)
+            if fallback == "error":
+                raise InputError(
+                    f"class {name!r}: no prototype scores above {class_minimum}, the best one "
+                    f"{float(score.max()):.3f}; lower thresholds.class_score or set "
+                    "prototypes.fallback=best"
+                )
             keep[score.argmax()] = True
             warnings.warn(
                 f"class {name!r}: no prototype scores above {class_minimum}, "

@@ -1,0 +1,152 @@
+"""Local features of a class's pictures, split into foreground and context (the paper's 3.2)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpcam.errors import InputError
+from lpcam.functional import class_activation_map, normalize_maps
+
+# Bytes of a block of collected rows. The C library gives allocations of more than 32 MiB back to
+# the system as soon as they are freed; smaller ones it keeps.
+BLOCK = 2**26
+
+
+@dataclass(frozen=True)
+class LocalFeatures:
+    """Local features of one class on one side of the split, and where they come from.
+
+    Attributes:
+        rows: Features ``(N, D)``, half precision.
+        places: For each row, index of the picture, grid row and grid column ``(N, 3)`` int32.
+    """
+
+    rows: Tensor
+    places: Tensor
+
+
+def choose_pictures(
+    labels: np.ndarray,
+    images_per_class: int | None = None,
+    *,
+    with_replacement: bool = False,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Choose the pictures from which each class's features are taken.
+
+    Args:
+        labels: Image labels ``(N, C)``.
+        images_per_class: How many at random; by default all that show the class.
+        with_replacement: Draw as the published code does on COCO: a picture may come twice, and a
+            class with fewer pictures gets as many draws. Otherwise such a class gives all it has.
+        seed: Seed of the draw. A class's draw does not depend on the other classes.
+
+    Returns:
+        For each class the indices of its pictures, ascending.
+
+    Raises:
+        InputError: ``images_per_class`` is below 1.
+    """
+    if images_per_class is not None and images_per_class < 1:
+        raise InputError(
+            f"prototypes.images_per_class={images_per_class}: give a number above 0, or null for "
+            "all pictures"
+        )
+    chosen = []
+    for c in range(labels.shape[1]):
+        shown = np.flatnonzero(labels[:, c])
+        if images_per_class is not None and len(shown):
+            count = images_per_class if with_replacement else min(images_per_class, len(shown))
+            generator = np.random.default_rng([seed, c])
+            shown = np.sort(generator.choice(shown, count, replace=with_replacement))
+        chosen.append(shown.tolist())
+    return chosen
+
+
+def split_features(
+    read: Callable[[int], np.ndarray],
+    pictures: Sequence[int],
+    weight: Tensor,
+    tau: float,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    read_cam: Callable[[int], np.ndarray] | None = None,
+) -> tuple[LocalFeatures, LocalFeatures]:
+    """Split the local features of one class's pictures by the class's own CAM.
+
+    Context includes other classes in the same pictures, as in the paper.
+
+    Args:
+        read: Gives a picture's local features ``(h, w, D)`` by its index.
+        pictures: Indices of the pictures that show the class.
+        weight: The class's weights ``(D,)``.
+        tau: Where the CAM, in 0..1, reaches it lies foreground; context elsewhere.
+        transform: Applied to features ``(n, D)`` once they are split; nothing by default.
+        read_cam: Gives a picture's CAM of the class ``(h, w)`` by its index; by default it is that
+            of the features themselves. Given, the comparisons are strict as in the published code:
+            a feature whose CAM equals tau is on neither side.
+
+    Returns:
+        Foreground and context.
+
+    Raises:
+        InputError: Features are infinite or NaN.
+    """
+    rows, places = (_Rows(), _Rows()), (_Rows(), _Rows())
+    for index in pictures:
+        local = torch.from_numpy(read(index))
+        if not local.isfinite().all():
+            raise InputError(
+                f"features of picture {index}: not finite in half precision; "
+                "check the picture and the model"
+            )
+        if read_cam is None:
+            cam = class_activation_map(local.float().permute(2, 0, 1)[None], weight[None])
+            foreground = normalize_maps(cam)[0, 0] >= tau
+            masks = (foreground, ~foreground)
+        else:
+            given = torch.from_numpy(read_cam(index))
+            masks = (given > tau, given < tau)
+        for side, chosen in enumerate(masks):
+            own = local[chosen]
+            rows[side].add(own if transform is None else transform(own.float()).half())
+            places[side].add(F.pad(chosen.nonzero().int(), (1, 0), value=index))
+    first, second = (
+        LocalFeatures(r.joined(), p.joined()) for r, p in zip(rows, places, strict=True)
+    )
+    return first, second
+
+
+class _Rows:
+    """Rows that come in small parts. Joining them never holds more than one block of them twice."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Tensor] = []
+        self.parts: list[Tensor] = []
+        self.size = 0
+
+    def add(self, part: Tensor) -> None:
+        self.parts.append(part)
+        self.size += part.nbytes
+        if self.size >= BLOCK:
+            self._close()
+
+    def _close(self) -> None:
+        self.blocks.append(torch.cat(self.parts))
+        self.parts.clear()
+        self.size = 0
+
+    def joined(self) -> Tensor:
+        """All rows in the order they came; the parts are gone after that."""
+        if self.parts:
+            self._close()
+        end = sum(map(len, self.blocks))
+        joined = self.blocks[0].new_empty(end, *self.blocks[0].shape[1:])
+        while self.blocks:
+            block = self.blocks.pop()
+            joined[end - len(block) : end] = block
+            end -= len(block)
+        return joined
