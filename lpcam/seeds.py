@@ -1,7 +1,8 @@
 """The seed record, the one format that every producer and consumer of maps shares.
 
 ``<id>.npz`` holds ``keys`` (L,) int64, the class indices, ``maps`` (L, h, w) float16 in 0..1 on the
-stride-4 grid, and ``size`` (2,) int64, the picture's height and width. Never pickled.
+stride-4 grid, refined ones on any, and ``size`` (2,) int64, the picture's height and width. Never
+pickled.
 """
 
 import io
@@ -29,7 +30,8 @@ class Seed:
 
     Attributes:
         keys: Class indices ``(L,)``, int64.
-        maps: Maps in 0..1 ``(L, h, w)`` at a quarter of the picture's resolution.
+        maps: Maps in 0..1 ``(L, h, w)``: at a quarter of the picture's resolution, or at any other
+            when they are refined.
         size: The picture's height and width in pixels.
     """
 
@@ -92,6 +94,42 @@ def seed_mask(maps: Tensor, keys: np.ndarray, background: float) -> np.ndarray:
     score, best = maps.max(0)
     labels = torch.as_tensor(keys + 1, dtype=torch.uint8)[best]
     return torch.where(score > background, labels, 0).numpy()
+
+
+def mark_unsure(mask: np.ndarray, maps: Tensor, background: float, band: float) -> np.ndarray:
+    """Set pixels of a mask to 255 where the strongest score is close to the background score.
+
+    Args:
+        mask: Mask ``(H, W)`` from :func:`seed_mask`.
+        maps: The maps ``(L, H, W)`` it was made from.
+        background: The background score it was made with.
+        band: How far from it a score has to be to count as sure; 0 marks nothing.
+
+    Returns:
+        A new mask ``(H, W)`` uint8.
+    """
+    if not len(maps):
+        return mask
+    sure = (maps.amax(0) - background).abs().numpy() >= band
+    return np.where(sure, mask, 255).astype(np.uint8)
+
+
+def scores_of_labels(maps: Tensor, labels: Tensor) -> Tensor:
+    """Scores whose mask at background 0.5 is given: for rules that decide labels, not scores.
+
+    Each map is halved, and the map of a pixel's label lifted by 0.5, so that a sweep over other
+    thresholds still tells strong from weak. The label holds in float16, as records are stored.
+
+    Args:
+        maps: Maps in 0..1 ``(L, H, W)``.
+        labels: ``(H, W)``, integers: 0 background, place among the L maps + 1 elsewhere.
+
+    Returns:
+        Scores ``(L, H, W)`` in 0..1.
+    """
+    wins = torch.arange(1, len(maps) + 1)[:, None, None] == labels
+    # Above 0.5, float16 goes in steps of 2^-11.
+    return torch.where(wins, 0.5 + (maps / 2).clamp_min(2**-11), maps / 2)
 
 
 def palette() -> list[int]:

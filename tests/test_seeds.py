@@ -11,7 +11,17 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from lpcam.errors import InputError
-from lpcam.seeds import Seed, grid_size, load_seed, palette, save_mask, save_seed, seed_mask
+from lpcam.seeds import (
+    Seed,
+    grid_size,
+    load_seed,
+    mark_unsure,
+    palette,
+    save_mask,
+    save_seed,
+    scores_of_labels,
+    seed_mask,
+)
 from tests.oracles.interpolation import bilinear
 from tests.oracles.segmentation import seed_mask as slow_seed_mask
 
@@ -178,3 +188,26 @@ def test_mask_file_keeps_labels_and_shows_colours(tmp_path: Path) -> None:
         assert image.mode == "P"
         np.testing.assert_array_equal(np.asarray(image), mask)
         assert image.convert("RGB").getpixel((2, 0)) == (192, 128, 128)
+
+
+def test_scores_near_the_background_are_unsure() -> None:
+    maps = torch.tensor([[[0.0, 0.375, 0.5, 0.75]], [[0.25, 0.0, 0.625, 0.0]]])
+    keys = np.array([2, 4])
+    mask = seed_mask(maps, keys, 0.5)
+
+    assert mask.tolist() == [[0, 0, 5, 3]]
+    assert mark_unsure(mask, maps, 0.5, 0.25).tolist() == [[0, 255, 255, 3]]
+    assert mark_unsure(mask, maps, 0.5, 0).tolist() == mask.tolist()
+    assert mark_unsure(mask, maps[:0], 0.5, 0.25).tolist() == mask.tolist()
+
+
+@given(
+    maps=hnp.arrays(np.float32, (3, 4, 5), elements=st.floats(0, 1, width=32)),
+    labels=hnp.arrays(np.int64, (4, 5), elements=st.integers(0, 3)),
+)
+def test_decided_labels_survive_a_record(maps: np.ndarray, labels: np.ndarray) -> None:
+    scores = scores_of_labels(torch.from_numpy(maps), torch.from_numpy(labels)).half()
+
+    assert scores.min() >= 0
+    assert scores.max() <= 1
+    assert seed_mask(scores.float(), np.arange(3), 0.5).tolist() == labels.tolist()

@@ -6,15 +6,22 @@ where U is minus the logarithm of the probabilities, K_g a Gaussian of the dista
 K_b one of distance and colour, both with their self term and normalised to ``D^-1/2 K D^-1/2``.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from lpcam.data.dataset import Picture
 from lpcam.errors import InputError
+from lpcam.refiners.base import Refiner
+from lpcam.seeds import Seed
 
 BACKENDS = ("pydensecrf", "exact")
+UNARIES = ("constant", "power", "labels")
 # What a probability of 0 counts as, in every published pipeline.
 SMALLEST = 1e-5
 # Pairs of pixels that the exact backend has in memory at a time.
@@ -53,6 +60,44 @@ PARAMETERS = {
     "mctformer_seg": CRFParameters(10, 4, 3, 83, 5, 3),
     "afa": CRFParameters(10, 3, 3, 64, 5, 4),
 }
+
+
+def crf_parameters(choice: str | Mapping[str, float]) -> CRFParameters:
+    """Look up published parameters by name, or take one's own.
+
+    Args:
+        choice: A name in :data:`PARAMETERS`, or the attributes of :class:`CRFParameters`.
+
+    Raises:
+        InputError: There is no such name, or attributes are missing or unknown.
+    """
+    if isinstance(choice, str):
+        if choice not in PARAMETERS:
+            raise InputError(f"CRF parameters {choice!r}: choose from {', '.join(PARAMETERS)}")
+        return PARAMETERS[choice]
+    names = [field.name for field in fields(CRFParameters)]
+    if set(choice) != set(names):
+        raise InputError(f"CRF parameters {', '.join(choice)}: give {', '.join(names)}")
+    return CRFParameters(**choice)  # type: ignore[arg-type]
+
+
+def with_background(maps: Tensor, value: float, *, power: bool = False) -> Tensor:
+    """Put a background score before the maps.
+
+    Args:
+        maps: Maps ``(L, H, W)`` in 0..1; L may be 0.
+        value: The background's score everywhere, or with ``power`` the exponent in
+            ``(1 - strongest map)^value``, as in AffinityNet and EDAM.
+        power: See above.
+
+    Returns:
+        ``(L + 1, H, W)``.
+    """
+    background = maps.new_full((1, *maps.shape[1:]), 0.0 if power else value)
+    if power:
+        strongest = torch.cat([background, maps]).amax(0, keepdim=True)
+        background = (1 - strongest.clamp_max(1)) ** value
+    return torch.cat([background, maps])
 
 
 def label_probabilities(labels: Tensor, num_labels: int, gt_prob: float = 0.7) -> Tensor:
@@ -120,6 +165,22 @@ def check_backend(backend: str) -> None:
             ) from error
 
 
+def scores_against_background(probabilities: Tensor) -> Tensor:
+    """Turn probabilities into scores of the classes that exceed 0.5 where a class wins.
+
+    The score of class c is ``q_c / (q_0 + max_k q_k)``, 0 being the background: for the strongest
+    class ``q_c / (q_c + q_0)``. Were it that for every class, two sure ones would both round to 1.
+
+    Args:
+        probabilities: ``(L + 1, H, W)``, background first; L is at least 1.
+
+    Returns:
+        Scores ``(L, H, W)`` in 0..1.
+    """
+    classes = probabilities[1:]
+    return classes / (probabilities[0] + classes.amax(0))
+
+
 def _lattice_mean_field(image: np.ndarray, unary: Tensor, parameters: CRFParameters) -> Tensor:
     from pydensecrf.densecrf import DenseCRF2D
 
@@ -180,3 +241,58 @@ def _exact_mean_field(image: np.ndarray, unary: Tensor, parameters: CRFParameter
         message = parameters.gaussian_weight * near + parameters.bilateral_weight * alike
         found = (message - unary).softmax(0)
     return found
+
+
+class CRF(Refiner):
+    """Dense CRF on the maps and a background, at the picture's own size.
+
+    The result is above 0.5 exactly where the CRF chooses a class.
+
+    Args:
+        parameters: See :func:`crf_parameters`.
+        unary: How the maps become probabilities, with a background score b = ``unary_background``:
+            ``constant``, next to a background of b; ``power``, next to one of
+            ``(1 - strongest map)^b``; ``labels``, the labels of ``constant`` trusted to 0.7.
+        unary_background: See above.
+        backend: See :func:`dense_crf`.
+        device: Where the backend ``exact`` computes, such as "cuda".
+        **options: See :class:`~lpcam.refiners.base.Refiner`.
+
+    Raises:
+        InputError: A setting has a value that it cannot have.
+    """
+
+    def __init__(
+        self,
+        *,
+        parameters: str | Mapping[str, float] = "psa",
+        unary: str = "constant",
+        unary_background: float = 0.5,
+        backend: str = "pydensecrf",
+        device: str = "cpu",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if unary not in UNARIES:
+            raise InputError(f"refiner.unary={unary}: unknown; choose from {', '.join(UNARIES)}")
+        self.parameters = crf_parameters(parameters)
+        self.unary = unary
+        self.unary_background = unary_background
+        self.backend = backend
+        self.device = device
+
+    def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:  # noqa: D102 - inherited
+        check_backend(self.backend)
+        inputs = {**super().inputs(pictures), "parameters": asdict(self.parameters)}
+        del inputs["device"]
+        return inputs
+
+    def refine(self, image_id: str, image: Image.Image, seed: Seed) -> Seed:  # noqa: D102 - inherited
+        maps = seed.full_size().to(self.device)
+        if len(maps):
+            scored = with_background(maps, self.unary_background, power=self.unary == "power")
+            if self.unary == "labels":
+                scored = label_probabilities(scored.argmax(0), len(scored))
+            found = dense_crf(np.array(image), scored, self.parameters, backend=self.backend)
+            maps = scores_against_background(found)
+        return Seed(seed.keys, maps.half().cpu().numpy(), seed.size)
