@@ -68,8 +68,10 @@ def spherical_kmeans(
         Centres and labels; the labels are those that the centres are the means of.
 
     Raises:
-        InputError: There are fewer non-zero rows than clusters.
+        InputError: There are fewer non-zero rows than clusters, or not one iteration.
     """
+    if max_iter < 1:
+        raise InputError(f"prototypes.max_iter={max_iter}: give a number above 0")
     if x.numel() <= IN_MEMORY:
         x = x.float()
     norm = torch.cat([torch.linalg.vector_norm(c.float(), dim=1) for c in x.split(chunk_size)])
