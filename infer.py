@@ -1,169 +1,121 @@
 """Make maps and masks with a trained classifier: ``python infer.py prototypes.k=12``.
 
-``python infer.py --help`` lists the groups, ``--cfg job`` shows what will run.
+``python infer.py --help`` lists the groups, ``--cfg job`` shows what will run; ``-m`` or a study
+such as ``experiments=sweep_k`` runs many settings for little more than one costs.
 """
 
-import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lpcam.entry import build, command_line, job, run
+from lpcam.entry import build, choices, command_line, job, run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="infer")
 @job
 def main(cfg: DictConfig) -> float | None:
-    """Run every stage; return LPCAM's mIoU on the last split."""
-    import pytorch_lightning as pl
+    """Run every stage; return the mIoU on the last split, of refined maps where there are any."""
+    from lpcam import outputs
 
-    from lpcam import outputs, pipeline
-    from lpcam.backbones import build_backbone
-    from lpcam.classifier import load_classifier
+    start_time = time.perf_counter()
+    output = Path(cfg.paths.output)
+    config = OmegaConf.to_container(cfg, resolve=True)
+    last = cfg.dataset.map_splits[-1]
+    if metrics := outputs.done_metrics(output, config):
+        print(f"Already done: {output}")
+        return outputs.headline(metrics, last)
+
+    from lpcam import map_stages
     from lpcam.prototype_set import fingerprint
-    from lpcam.prototypes import select
     from lpcam.reporting.report import Method, print_table, write_report
-    from lpcam.reporting.tracking import finish, log_results
-    from lpcam.store import digest, is_main_process, write_atomically
+    from lpcam.reporting.shown import choose_pictures, show
+    from lpcam.reporting.tracking import log_results, recording, start
+    from lpcam.run import Run
+    from lpcam.store import is_main_process, write_atomically
 
-    store, output = Path(cfg.paths.store), Path(cfg.paths.output)
-    make_trainer = build(cfg.trainer)
-    dataset = build(cfg.dataset)
-    dataset.prepare()
-    pl.seed_everything(cfg.seed, verbose=False)
-    backbone = build_backbone(cfg.backbone.name, cfg.backbone.weights)
-    ckpt = cfg.ckpt
-    if ckpt is None:
-        settings = OmegaConf.to_container(cfg.classifier)
-        trained = pipeline.classifier_stage(store, dataset, backbone, settings, cfg.seed)
-        groups = (
-            "dataset", "backbone", "classifier", "paths", "seed", "recipe", "experiments"
-        )  # fmt: skip
-        ckpt = pipeline.trained_checkpoint(trained, command_line("train", groups))
-    classifier = load_classifier(Path(ckpt), backbone, len(dataset.classes))
-
-    pictures, chosen = pipeline.prototype_pictures(
-        dataset,
-        images_per_class=cfg.prototypes.images_per_class,
-        with_replacement=cfg.prototypes.with_replacement,
-        seed=cfg.prototypes.seed,
-    )
-    features = pipeline.features(
-        store,
-        make_trainer,
-        classifier,
-        pictures,
-        local=True,
-        num_workers=cfg.num_workers,
-        split=cfg.prototypes.split,
-        scales=cfg.inference.scales,
-        flip=cfg.inference.flip,
-    )
-    clustered, centers = pipeline.centers(
-        store,
-        features,
-        classifier,
-        dataset,
-        k=cfg.prototypes.k,
-        tau=cfg.thresholds.activation,
-        seed=cfg.prototypes.seed,
-        init=cfg.prototypes.init,
-        tol=cfg.prototypes.tol,
-        max_iter=cfg.prototypes.max_iter,
-        allow_missing=cfg.prototypes.allow_missing,
-        chosen=chosen,
-        split=cfg.prototypes.split,
-    )
-    prototypes = select(
-        centers,
-        classifier.weight,
-        dataset.classes,
-        class_minimum=cfg.thresholds.class_score,
-        context_maximum=cfg.thresholds.context_score,
-        context_minimum=cfg.thresholds.context_floor,
-        fallback=cfg.prototypes.fallback,
-    )
-    settings = {
-        "cam": pipeline.MapSetting(),
-        "lpcam": pipeline.lpcam_setting(prototypes, cfg.prototypes.use),
-    }
-    if cfg.prototypes.use == "both":
-        settings["lpcam_class"] = pipeline.lpcam_setting(prototypes, "class")
-    maps = {
-        split: pipeline.maps(
-            store,
-            make_trainer,
-            classifier,
-            dataset.pictures(split),
-            settings,
-            scales=cfg.inference.scales,
-            flip=cfg.inference.flip,
-            eps=cfg.inference.eps,
-            batch_size=cfg.inference.batch_size,
-            num_workers=cfg.num_workers,
-        )
-        for split in dataset.map_splits
-    }
+    overrides = HydraConfig.get().overrides.task
+    own = Run(cfg, overrides)
+    dataset, threshold = own.dataset, cfg.thresholds.seed_background
+    maps = own.maps(own.settings)
+    if refined := own.refined(maps):
+        maps["refined"] = refined
     if not is_main_process():
         return None
-    scores = {
-        name: {
-            split: result
-            for split in dataset.map_splits
-            if (result := pipeline.score(store, maps[split][name], dataset, split))
-        }
-        for name in settings
-    }
-
-    threshold = cfg.thresholds.seed_background
+    scores = map_stages.scores(own.store, maps, dataset)
     metrics = {
         f"{split}/{name}/{key}": value
         for name, by_split in scores.items()
         for split, result in by_split.items()
-        for key, value in result.metrics(dataset.classes, threshold).items()
+        for key, value in result.metrics(dataset.classes, own.threshold(name)).items()
     }
-    config = OmegaConf.to_container(cfg, resolve=True)
     write_atomically(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_atomically(output / "metrics.json", json.dumps(metrics, indent=1))
-    replace(prototypes, model=fingerprint(classifier)).save(output / "prototypes.safetensors")
+    outputs.write_json(output / "metrics.json", metrics)
+    replace(own.prototypes, model=fingerprint(own.classifier)).save(
+        output / "prototypes.safetensors"
+    )
+    masked = "refined" if refined else cfg.refiner.source
     for split in dataset.map_splits:
-        outputs.export(output, maps[split]["lpcam"], dataset.pictures(split), threshold)
-    stages = {"features": features, "clustering": clustered}
-    stages |= {f"maps of {split}": maps[split]["lpcam"] for split in dataset.map_splits}
-    write_report(
-        output / "report.html",
-        title=f"LPCAM on {cfg.dataset._target_.split('.')[-1]}",
-        command=command_line("infer"),
-        config=OmegaConf.to_yaml(cfg, resolve=True),
-        dataset=dataset,
-        splits={split: dataset.pictures(split) for split in dataset.map_splits},
-        methods=[
-            Method(TITLES[name], scores[name], {s: maps[s][name].folder for s in maps})
-            for name in settings
-        ],
-        threshold=threshold,
-        prototypes=outputs.prototype_views(features, centers, prototypes, classifier, dataset),
-        seconds={name: stage.manifest["seconds"] for name, stage in stages.items()},
-        gallery_split=dataset.map_splits[-1],
-    )
-    logger = build(cfg.logger) if cfg.logger else None
-    try:
-        if logger:
-            logger.log_hyperparams(config)
-            log_results(logger, metrics, sorted((output / "figures").glob("*.png")))
-    finally:
-        finish(logger)
-    write_atomically(
-        output / "DONE.json", json.dumps({"config": digest(config)} | metrics, indent=1)
-    )
-    print_table(scores, TITLES)
-    print(f"Report: {output / 'report.html'}")
-    return metrics.get(f"{dataset.map_splits[-1]}/lpcam/miou")
+        outputs.export(
+            output,
+            maps[cfg.refiner.source][split],
+            maps[masked][split],
+            dataset.pictures(split),
+            own.threshold(masked),
+        )
+    stages = {"features": own.features, "clustering": own.clustering[0]}
+    stages |= {f"{name} of {split}": stage for name in maps for split, stage in maps[name].items()}
+    titles = own.titles
+    methods = [
+        Method(
+            titles[name],
+            scores[name],
+            {split: maps[name][split].folder for split in dataset.map_splits},
+        )
+        for name in titles
+    ]
+    if cfg.report:
+        write_report(
+            output / "report.html",
+            title=f"LPCAM on {cfg.dataset._target_.split('.')[-1]}",
+            command=command_line("infer", overrides),
+            config=OmegaConf.to_yaml(cfg, resolve=True),
+            dataset=dataset,
+            splits={split: dataset.pictures(split) for split in dataset.map_splits},
+            methods=methods,
+            threshold=threshold,
+            prototypes=outputs.prototype_views(
+                own.features, own.clustering[1], own.prototypes, own.classifier, dataset
+            ),
+            seconds={name: stage.manifest["seconds"] for name, stage in stages.items()},
+            gallery_split=last,
+        )
+    if cfg.logger:
+        with recording():
+            chosen = choose_pictures(dataset.pictures(last), cfg.shown_pictures)
+            keys = {"store": {name: stage.key for name, stage in stages.items()}}
+            log_results(
+                start(build(cfg.logger), config | keys, choices()),
+                metrics=metrics,
+                scores=scores,
+                classes=dataset.classes,
+                figures=sorted((output / "figures").glob("*.png")),
+                shown=show(dataset, chosen, methods, last, threshold),
+                made={name: output / file for name, file in ARTIFACTS.items()},
+                used={f"classifier-{own.trained.key}": own.checkpoint} if own.trained else {},
+            )
+    seconds = {"total": time.perf_counter() - start_time}
+    seconds |= {name: stage.seconds for name, stage in stages.items() if stage.seconds is not None}
+    outputs.write_done(output, config, seconds, metrics)
+    print_table(scores, titles)
+    print(f"Results: {output / ('report.html' if cfg.report else '')}")
+    return outputs.headline(metrics, last)
 
 
-TITLES = {"cam": "CAM", "lpcam": "LPCAM", "lpcam_class": "LPCAM without context"}
+ARTIFACTS = {"prototypes": "prototypes.safetensors", "metrics": "metrics.json"}
 
 if __name__ == "__main__":
     run(main, Path(__file__).parent)

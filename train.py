@@ -9,7 +9,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from lpcam.entry import build, job, run
+from lpcam.entry import build, choices, job, run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -21,7 +21,7 @@ def main(cfg: DictConfig) -> float | None:
     from lpcam import pipeline
     from lpcam.backbones import build_backbone
     from lpcam.classifier import Classifier
-    from lpcam.reporting.tracking import finish
+    from lpcam.reporting.tracking import finish, log_files, start, tolerated
     from lpcam.store import write_atomically
 
     dataset = build(cfg.dataset)
@@ -45,10 +45,12 @@ def main(cfg: DictConfig) -> float | None:
         freeze_backbone=cfg.classifier.freeze_backbone,
         freeze_stem=cfg.classifier.freeze_stem,
     )
-    logger = build(cfg.logger) if cfg.logger else None
+    config = OmegaConf.to_container(cfg, resolve=True)
+    logger = None
     try:
-        if logger:
-            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        if cfg.logger:
+            with tolerated():
+                logger = start(build(cfg.logger), config, choices(), SUMMARIES)
         metrics = pipeline.train(
             Path(cfg.paths.store),
             stage,
@@ -63,13 +65,18 @@ def main(cfg: DictConfig) -> float | None:
             num_workers=cfg.num_workers,
             logger=logger,
         )
+        if logger:
+            with tolerated():
+                log_files(logger, made={f"classifier-{stage.key}": stage.folder / "last.ckpt"})
     finally:
-        finish(logger)
+        finish()
     write_atomically(Path(cfg.paths.output) / "metrics.json", json.dumps(metrics, indent=1))
     print(f"Trained: {stage.folder / 'last.ckpt'}")
     print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
     return metrics.get("val/map")
 
+
+SUMMARIES = {"val/map": "max", "val/f1": "max", "val/loss": "min", "train/loss": "min"}
 
 if __name__ == "__main__":
     run(main, Path(__file__).parent)

@@ -4,11 +4,13 @@ Imports nothing heavy, so that ``--help`` and a mistyped override answer at once
 """
 
 import functools
+import hashlib
 import logging
 import os
 import re
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from lpcam.errors import InputError
 
 USER_ERRORS = (InputError, HydraException, OmegaConfBaseException)
 ALLOWED_MODULES = ("lpcam", "pytorch_lightning")
+FAILED = "FAILED.txt"  # a failed job's one line, in its folder
 
 
 def run(main: Callable[[], Any], project_root: Path) -> None:
@@ -36,7 +39,9 @@ def run(main: Callable[[], Any], project_root: Path) -> None:
         main: The function that ``hydra.main`` decorated.
         project_root: The folder that holds ``experiments``.
     """
-    OmegaConf.register_new_resolver("project_root", lambda: str(project_root), replace=True)
+    # By environment, for the processes that launchers start have no other word from this one.
+    os.environ["LPCAM_PROJECT"] = str(project_root)
+    os.environ["LPCAM_SWEEP"] = _sweep_name(sys.argv[1:])
     logging.captureWarnings(True)
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
@@ -59,20 +64,62 @@ def run(main: Callable[[], Any], project_root: Path) -> None:
 def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """Decorate what ``hydra.main`` runs: a mistake of the user's ends a single run with one line.
 
-    A job of a sweep raises it instead, so that the other jobs go on.
+    A job of a sweep leaves that line in its folder instead, so that the other jobs go on.
     """
 
     @functools.wraps(function)
     def run_one(cfg: DictConfig) -> Any:
+        hydra_config = HydraConfig.get()
+        if hydra_config.mode != RunMode.MULTIRUN:
+            try:
+                return function(cfg)
+            except USER_ERRORS as error:
+                # Hydra would print a line of its own before raising this.
+                _exit(error)
+        folder = Path(hydra_config.runtime.output_dir)
+        failure = folder / FAILED
+        failure.unlink(missing_ok=True)
         try:
+            _refuse_ranks(cfg)
             return function(cfg)
-        except USER_ERRORS as error:
-            # Hydra would print a line of its own before raising this.
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+        except Exception as error:
+            line = f"{type(error).__name__}: {error}"
+            if isinstance(error, USER_ERRORS):
+                line = _one_line(error)
+            else:
+                traceback.print_exc()
+            failure.write_text(line + "\n")
+            print(f"error: {folder.name}: {line}", file=sys.stderr)
+            # Hydra's own sweeper would stop at an exception; others take it for the job's result.
+            if not hydra_config.sweeper._target_.endswith("BasicSweeper"):
                 raise
-            _exit(error)
+            return None
 
     return run_one
+
+
+def _refuse_ranks(cfg: DictConfig) -> None:
+    """A sweep's job on several devices needs a launcher that starts every rank by itself."""
+    if str(cfg.trainer.get("strategy", "")).startswith("ddp") and "SLURM_PROCID" not in os.environ:
+        raise InputError(
+            "trainer=ddp: each rank would start the whole sweep again; use trainer=gpu, or "
+            "hydra/launcher=submitit_slurm with as many tasks_per_node as devices"
+        )
+
+
+def _sweep_name(arguments: Sequence[str]) -> str:
+    """A folder name that is the same when the same sweep is started again."""
+    overrides = [o for o in arguments if not o.startswith(("hydra", "-"))]
+    study = next((o.split("=")[1] for o in overrides if o.startswith("experiments=")), "sweep")
+    return f"{study}-{_short_hash(overrides)[:6]}"
+
+
+def _short_hash(overrides: Sequence[str]) -> str:
+    """A folder name that is the same when a job with the same overrides is started again."""
+    return hashlib.sha256(shlex.join(sorted(overrides)).encode()).hexdigest()[:10]
+
+
+OmegaConf.register_new_resolver("short_hash", _short_hash, replace=True)
 
 
 def _wants_traceback() -> bool:
@@ -84,19 +131,30 @@ def _exit(error: Exception) -> NoReturn:
     sys.exit(1)
 
 
-def command_line(program: str, groups: Sequence[str] | None = None) -> str:
-    """The command that runs a program with this job's overrides.
+def command_line(
+    program: str, overrides: Sequence[str], groups: Sequence[str] | None = None
+) -> str:
+    """The command that runs a program with a job's overrides.
 
     Args:
         program: ``train`` or ``infer``.
-        groups: Only overrides of these config groups and values.
+        overrides: The job's overrides.
+        groups: Only those of these config groups and values.
     """
-    overrides = [
+    wanted = [
         override
-        for override in HydraConfig.get().overrides.task
+        for override in overrides
         if groups is None or re.split(r"[.=@]", override.lstrip("+~"))[0] in groups
     ]
-    return shlex.join(["python", f"{program}.py", *overrides])
+    return shlex.join(["python", f"{program}.py", *wanted])
+
+
+def choices() -> dict[str, str]:
+    """The option that this job chose in each config group; groups without one are left out."""
+    chosen = HydraConfig.get().runtime.choices
+    return {
+        group: str(chosen[group]) for group in chosen if "hydra/" not in group and chosen[group]
+    }
 
 
 def _one_line(error: BaseException) -> str:

@@ -121,12 +121,24 @@ class LPCAMCallback(BasePredictionWriter):
         weight: Class weights ``(C, D)`` of the classifier.
         heads: What to compute.
         eps: See :func:`~lpcam.functional.normalize_maps`.
+        kept: Where the features of each picture go that LPCAM reads, a file ``<id>.npz`` with
+            an array ``(D, h, w)`` float16 a scale in the order of the scales; None for nowhere.
+            Maps are then made from the rounded features, so that they are the same whether made
+            now or later from the file.
     """
 
-    def __init__(self, weight: Tensor, heads: Sequence[MapHead], *, eps: float = 1e-5) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        heads: Sequence[MapHead],
+        *,
+        eps: float = 1e-5,
+        kept: Path | None = None,
+    ) -> None:
         super().__init__("batch")
         self.eps = eps
         self.weight = weight
+        self.kept = kept
         self.plain = [head for head in heads if head.directions is None]
         self.fitted = [head for head in heads if head.directions is not None]
         directions = [head.directions for head in heads if head.directions is not None]
@@ -144,26 +156,38 @@ class LPCAMCallback(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write the pictures of one batch."""
-        labels = batch["labels"].bool()
-        maps = self.maps(prediction, labels, batch["size"]).half().cpu().numpy()
+        if self.kept is not None:
+            halves = [views.sum(0).half().cpu().numpy() for views in prediction]
+            for place, image_id in enumerate(batch["ids"]):
+                buffer = io.BytesIO()
+                np.savez(buffer, *[own[place] for own in halves])
+                write_atomically(self.kept / f"{image_id}.npz", buffer.getvalue())
+        self.write(batch["ids"], prediction, batch["labels"].bool(), batch["size"])
+
+    def write(
+        self, ids: Sequence[str], features: list[Tensor], labels: Tensor, size: tuple[int, int]
+    ) -> None:
+        """Write the maps of pictures; arguments as for :meth:`maps`."""
+        maps = self.maps(features, labels, size).half().cpu().numpy()
         ends = labels.sum(1).cumsum(0).tolist()
-        for image_id, own, end in zip(batch["ids"], labels.cpu(), ends, strict=True):
+        for image_id, own, end in zip(ids, labels.cpu(), ends, strict=True):
             keys = own.nonzero()[:, 0].numpy()
             for head, its_maps in zip(self.plain + self.fitted, maps, strict=True):
-                seed = Seed(keys, its_maps[end - len(keys) : end], batch["size"])
+                seed = Seed(keys, its_maps[end - len(keys) : end], size)
                 save_seed(head.folder / f"{image_id}.npz", seed)
 
     def maps(self, features: list[Tensor], labels: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps of every head, plain CAM first.
 
         Args:
-            features: For each scale ``(V, B, D, h, w)``, V mirrored views.
+            features: For each scale ``(V, B, D, h, w)``, V mirrored views. LPCAM reads only their
+                sum.
             labels: Which classes to map ``(B, C)`` bool.
             size: Height and width of the pictures.
 
         Returns:
-            ``(M, L, H', W')`` in 0..1 on the stride-4 grid; L counts the True labels of the whole
-            batch, picture by picture.
+            ``(M, L, H', W')`` in 0..1 on the stride-4 grid, double precision; L counts the True
+            labels of the whole batch, picture by picture.
         """
         present = labels.any(0).nonzero()[:, 0]
         if not len(present):
@@ -175,13 +199,21 @@ class LPCAMCallback(BasePredictionWriter):
 
     def _rectified(self, views: Tensor, present: Tensor) -> Tensor:
         """Maps of one scale after ReLU, for M heads and P classes: ``(M, B, P, h, w)``."""
+        # In single precision the last bits of a product, and of resizing, depend on how many maps
+        # are stacked, and with them which way a value is rounded on disk: a setting would not give
+        # the same file alone and in a sweep. MPS knows no double precision.
+        precise = torch.float32 if views.device.type == "mps" else torch.float64
         maps = []
         if self.plain:
             cam = class_activation_map(views.flatten(0, 1), self.weight.to(views)[present])
-            maps.append(cam.unflatten(0, views.shape[:2]).sum(0, keepdim=True))
+            maps.append(cam.unflatten(0, views.shape[:2]).sum(0, keepdim=True).to(precise))
         if self.fitted:
-            directions = self.directions.to(views)[:, present]
-            signed = local_prototype_map(views.sum(0), directions.flatten(0, 1))
+            summed = views.sum(0)
+            if self.kept is not None:
+                summed = summed.half()
+            directions = self.directions.to(views.device, precise)[:, present]
+            signed = local_prototype_map(summed.to(precise), directions.flatten(0, 1))
             signed = signed.unflatten(1, directions.shape[:2]).transpose(0, 1)
-            maps.append((signed + self.offsets.to(views)[:, None, None, None, None]).relu())
+            offsets = self.offsets.to(signed)[:, None, None, None, None]
+            maps.append((signed + offsets).relu())
         return torch.cat(maps)

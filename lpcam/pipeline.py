@@ -6,15 +6,12 @@ missing. None knows of Hydra.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
-from rich.progress import track
 from torch import Tensor
 
 from lpcam.backbones import Backbone
@@ -23,11 +20,9 @@ from lpcam.data.dataset import Picture, SegmentationDataset, fingerprint, multi_
 from lpcam.data.loaders import pooled_loader, train_loader, view_loader
 from lpcam.data.transforms import TrainTransform
 from lpcam.errors import InputError
-from lpcam.evaluation.segmentation import SegmentationResult, SegmentationScore
-from lpcam.inference import FeatureCallback, LPCAMCallback, MapHead
+from lpcam.inference import FeatureCallback
 from lpcam.local_features import choose_pictures
-from lpcam.prototypes import Centers, Prototypes, fit_centers
-from lpcam.seeds import load_seed
+from lpcam.prototypes import Centers, fit_centers
 from lpcam.store import Stage, digest
 
 MakeTrainer = Callable[..., pl.Trainer]
@@ -367,117 +362,3 @@ def centers(
                 progress=True,
             ).save(folder / "centers.safetensors")
     return stage, Centers.load(stage.folder / "centers.safetensors")
-
-
-@dataclass(frozen=True)
-class MapSetting:
-    """One way of making maps: plain CAM, or LPCAM with these directions.
-
-    Attributes:
-        directions: Directions ``(C, D)``; None for plain CAM.
-        offset: See :class:`~lpcam.inference.MapHead`.
-    """
-
-    directions: Tensor | None = None
-    offset: float = 0.0
-
-
-def lpcam_setting(prototypes: Prototypes, use: str) -> MapSetting:
-    """LPCAM with the prototypes of ``class``, of ``context`` or of ``both``."""
-    # Without class prototypes the map is 1 - mean cosine to the context: how unlike it is.
-    return MapSetting(prototypes.directions(use), 1.0 if use == "context" else 0.0)
-
-
-def maps(
-    store: Path,
-    make_trainer: MakeTrainer,
-    classifier: Classifier,
-    pictures: Sequence[Picture],
-    settings: Mapping[str, MapSetting],
-    *,
-    scales: Sequence[float],
-    flip: bool,
-    eps: float,
-    batch_size: int,
-    num_workers: int,
-) -> dict[str, Stage]:
-    """Maps of every setting from one pass over the pictures: seed records ``<id>.npz``.
-
-    Args:
-        store: The store's folder.
-        make_trainer: Makes Lightning's trainer.
-        classifier: The trained classifier.
-        pictures: The pictures.
-        settings: What to compute, by name. Equal settings share a stage.
-        scales: Factors on the pictures' size.
-        flip: Add the mirror image.
-        eps: See :func:`~lpcam.functional.normalize_maps`.
-        batch_size: Pictures a forward pass.
-        num_workers: Processes that decode pictures.
-
-    Returns:
-        The stage of each setting.
-    """
-    common = {
-        "backbone": classifier.backbone.fingerprint,
-        "pictures": fingerprint(pictures),
-        "scales": list(scales),
-        "flip": flip,
-        "eps": eps,
-    }
-    stages = {}
-    for name, setting in settings.items():
-        matrix = classifier.weight if setting.directions is None else setting.directions
-        head = "cam" if setting.directions is None else "lpcam"
-        inputs = {"head": head, "matrix": tensor_digest(matrix), "offset": setting.offset}
-        stages[name] = Stage(store, "maps", {**common, **inputs})
-    distinct = {stages[name].key: name for name in settings}
-    with ExitStack() as stack:
-        heads = []
-        for key in sorted(distinct):  # every process takes the locks in the same order
-            folder = stack.enter_context(stages[distinct[key]].build(resume=True))
-            if folder:
-                setting = settings[distinct[key]]
-                heads.append(MapHead(folder, setting.directions, setting.offset))
-        if heads:
-            predict(
-                make_trainer,
-                classifier,
-                pictures,
-                LPCAMCallback(classifier.weight, heads, eps=eps),
-                done=lambda picture: all((h.folder / f"{picture.id}.npz").is_file() for h in heads),
-                scales=scales,
-                flip=flip,
-                batch_size=batch_size,
-                num_workers=num_workers,
-            )
-    return stages
-
-
-def score(
-    store: Path, found: Stage, dataset: SegmentationDataset, split: str
-) -> SegmentationResult | None:
-    """Compare maps with the true masks, at every threshold; None without any mask."""
-    pictures = dataset.pictures(split)
-    masks = [digest for p in pictures if (digest := dataset.mask_digest(p))]
-    if not masks:
-        return None
-    stage = Stage(store, "scores", {"maps": found.key, "masks": masks, "bins": 100})
-    total = SegmentationScore(len(dataset.classes))
-    with stage.build() as folder:
-        if folder:
-            for picture in track(pictures, "Scoring"):
-                mask = dataset.mask(picture)
-                if mask is None:
-                    continue
-                seed = load_seed(found.folder / f"{picture.id}.npz")
-                if mask.shape != seed.size:
-                    raise InputError(
-                        f"{picture.mask_path or picture.id}: mask of {mask.shape[1]}x"
-                        f"{mask.shape[0]} pixels, picture of {seed.size[1]}x{seed.size[0]}; "
-                        "give its own mask"
-                    )
-                total.update(seed.full_size(), seed.keys, mask)
-            np.save(folder / "histogram.npy", total.histogram)
-    total.histogram = np.load(stage.folder / "histogram.npy", allow_pickle=False)
-    return total.compute()

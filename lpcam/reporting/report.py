@@ -1,11 +1,8 @@
 """The report of one inference run: one HTML file that needs nothing else, and its figures."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -20,9 +17,9 @@ from lpcam.reporting.gallery import (
     heat_scale,
     panels,
 )
+from lpcam.reporting.page import class_colours, data_uri, render
 from lpcam.reporting.patches import PrototypeView, crop_all, draw_prototypes
 from lpcam.reporting.scores import COLUMNS, Method, in_words, print_table, score_rows
-from lpcam.seeds import palette
 from lpcam.store import write_atomically
 
 __all__ = ["Method", "PrototypeView", "print_table", "write_report"]
@@ -94,14 +91,8 @@ def write_report(
     for name, figure in drawings.items():
         save_png(figure, folder / f"{name}.png")
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        Path(__file__).with_name("report.html.j2"),
         title=title,
         command=command,
         config=config,
@@ -125,9 +116,9 @@ def write_report(
         prototypes=_by_class(prototypes, patches),
         seconds=seconds,
         method_colours=COLOURS,
-        class_colours=_class_colours(len(classes)),
+        class_colours=class_colours(len(classes)),
         heat_scale=heat_scale(),
-        data_uri=_data_uri,
+        data_uri=data_uri,
     )
     write_atomically(path, page)
 
@@ -142,15 +133,3 @@ def _by_class(
     for view, images in sorted(zip(views, patches, strict=True), key=lambda pair: -pair[0].count):
         found[view.class_name][view.side if view.kept else "dropped"].append((view, images))
     return found
-
-
-def _class_colours(count: int) -> list[str]:
-    """The masks' colours of the classes, as CSS writes them."""
-    values = palette()
-    return ["#{:02x}{:02x}{:02x}".format(*values[3 * c : 3 * c + 3]) for c in range(1, count + 1)]
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

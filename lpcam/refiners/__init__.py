@@ -1,0 +1,1 @@
+"""Refiners: from activation maps to pseudo masks."""

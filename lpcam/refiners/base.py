@@ -1,0 +1,124 @@
+"""What every refiner offers: the maps of a picture in, better class scores out.
+
+A refined record is a seed record like the one it was made from, on any grid, so that everything
+that reads maps (masks, scores, pictures, the next refiner) reads refined ones too.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+from PIL import Image
+
+from lpcam.backbones import Backbone
+from lpcam.data.dataset import Picture
+from lpcam.errors import InputError
+from lpcam.seeds import Seed
+
+SOURCES = ("cam", "lpcam")
+
+
+class Refiner(ABC):
+    """Turns the maps of one picture into better class scores.
+
+    A subclass keeps its arguments in attributes of the same names: :meth:`inputs` gives them to the
+    store, so that no setting is left out of a result's key.
+
+    Args:
+        source: Which maps are refined: ``cam`` or ``lpcam``.
+        background: The score that a class has to exceed in the pseudo mask, 0..1.
+
+    Attributes:
+        uses: Supervision beyond image labels, such as "saliency"; empty for none. Results are
+            marked with it.
+
+    Raises:
+        InputError: The source is unknown.
+    """
+
+    uses: ClassVar[str] = ""
+
+    def __init__(self, *, source: str = "lpcam", background: float = 0.5) -> None:
+        if source not in SOURCES:
+            raise InputError(f"refiner.source={source}: unknown; choose {' or '.join(SOURCES)}")
+        self.source = source
+        self.background = background
+
+    def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:
+        """Values that results depend on, besides the maps and the pictures; JSON can hold them.
+
+        Called before anything is computed, so it is also where a refiner finds out what it lacks.
+
+        Args:
+            pictures: The pictures that will be refined. A refiner that reads files of its own adds
+                a digest of them.
+
+        Raises:
+            InputError: A package or a file that the refiner needs is missing.
+        """
+        # Neither changes the scores: the source's maps have their own key.
+        left_out = ("source", "background")
+        settings = {key: value for key, value in vars(self).items() if key not in left_out}
+        return {"refiner": type(self).__name__, **settings}
+
+    @abstractmethod
+    def refine(self, image_id: str, image: Image.Image, seed: Seed) -> Seed:
+        """Refine the maps of one picture.
+
+        Args:
+            image_id: The picture's name.
+            image: The picture, RGB, at its own size.
+            seed: Its maps. There may be none, and a map may be zero everywhere.
+
+        Returns:
+            Scores in 0..1 of the same classes, at any resolution.
+        """
+
+
+class TrainedRefiner(Refiner):
+    """A refiner whose network is trained on the maps of the training pictures first.
+
+    What :meth:`fit` leaves in its folder is a stage of its own in the store. Settings that only
+    matter in :meth:`refine` stay out of :meth:`training_inputs`, so that changing them does not
+    train again.
+    """
+
+    @abstractmethod
+    def training_inputs(self) -> Mapping[str, Any]:
+        """The settings that training depends on; JSON can hold them."""
+
+    @abstractmethod
+    def fit(
+        self,
+        folder: Path,
+        pictures: Sequence[Picture],
+        read_seed: Callable[[Picture], Seed],
+        backbone: Backbone,
+        num_classes: int,
+        make_trainer: Callable[..., pl.Trainer],
+        *,
+        num_workers: int,
+    ) -> None:
+        """Train, and leave safetensors files in a folder; go on from what a killed run left there.
+
+        Args:
+            folder: Where the files go.
+            pictures: The training pictures.
+            read_seed: Gives a picture's maps.
+            backbone: The project's backbone; its weights are only read.
+            num_classes: Number of classes C.
+            make_trainer: Makes Lightning's trainer.
+            num_workers: Processes that decode pictures.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path, backbone: Backbone, device: str) -> None:
+        """Read what :meth:`fit` left, once before :meth:`refine` is called.
+
+        Args:
+            folder: The folder.
+            backbone: The backbone that it was trained with.
+            device: Where :meth:`refine` computes.
+        """

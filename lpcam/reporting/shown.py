@@ -1,0 +1,107 @@
+"""The pictures that every run shows: chosen once, the same whatever the settings."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from lpcam.data.dataset import Picture, SegmentationDataset, open_picture
+from lpcam.errors import InputError
+from lpcam.reporting.gallery import PANEL_SIDE
+from lpcam.reporting.scores import Method
+from lpcam.seeds import seed_mask
+from lpcam.visualize import mask_overlay, to_grey, to_image
+
+COUNT = 4
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture with its masks, at most 320 pixels a side.
+
+    Attributes:
+        id: The picture's name.
+        image: The picture, RGB.
+        masks: Masks ``(H, W)`` uint8 by name: 0 background, class index + 1, 255 unknown.
+    """
+
+    id: str
+    image: Image.Image
+    masks: Mapping[str, np.ndarray]
+
+    def overlays(self) -> list[tuple[str, Image.Image]]:
+        """The picture, then each mask laid over it, with their names."""
+        grey = to_grey(self.image)
+        drawn = [(name, to_image(mask_overlay(grey, mask))) for name, mask in self.masks.items()]
+        return [("picture", self.image), *drawn]
+
+
+def choose_pictures(
+    pictures: Sequence[Picture], ids: Sequence[str] | None = None, count: int = COUNT
+) -> list[Picture]:
+    """The pictures to show: those asked for, or a few spread over the classes.
+
+    The choice depends on ids and image labels alone, so every setting shows the same pictures.
+
+    Args:
+        pictures: The pictures of a split, in any order.
+        ids: Names of the pictures to show, in this order; None to choose.
+        count: How many to choose; fewer where the split has fewer.
+
+    Raises:
+        InputError: A picture that is asked for is not in the split.
+    """
+    by_id = {picture.id: picture for picture in sorted(pictures, key=lambda p: p.id)}
+    if ids is not None:
+        missing = [name for name in ids if name not in by_id]
+        if missing:
+            raise InputError(
+                f"shown_pictures: no picture {missing[0]} in the last of dataset.map_splits; "
+                f"give ids such as {next(iter(by_id), 'none')}"
+            )
+        return [by_id[name] for name in ids]
+    labels = sorted({label for picture in pictures for label in picture.labels or ()})
+    apart = max(len(labels) / count, 1)  # of many classes, those that lie evenly apart
+    chosen: list[Picture] = []
+    for turn in range(min(count, len(by_id))):
+        wanted = labels[int(turn * apart) % len(labels)] if labels else None
+        left = [picture for picture in by_id.values() if picture not in chosen]
+        fitting = (picture for picture in left if wanted in (picture.labels or ()))
+        chosen.append(next(fitting, left[0]))
+    return chosen
+
+
+def show(
+    dataset: SegmentationDataset,
+    pictures: Sequence[Picture],
+    methods: Sequence[Method],
+    split: str,
+    threshold: float,
+) -> list[Shown]:
+    """Read pictures, their true masks and the masks of every method.
+
+    Args:
+        dataset: Reads the true masks.
+        pictures: The pictures.
+        methods: Their masks are made at each method's best background threshold.
+        split: Which split the pictures are of.
+        threshold: Background score where the split has no scores.
+    """
+    shown = []
+    for picture in pictures:
+        image = open_picture(picture.path)
+        image.thumbnail((PANEL_SIDE, PANEL_SIDE))
+        truth = dataset.mask(picture)
+        masks = {} if truth is None else {"truth": truth}
+        for method in methods:
+            seed = method.seed(split, picture)
+            background = method.threshold(split, threshold)
+            masks[method.name] = seed_mask(seed.full_size(), seed.keys, background)
+        small = {
+            # Nearest neighbour: between two class numbers lies no class.
+            name: np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
+            for name, mask in masks.items()
+        }
+        shown.append(Shown(picture.id, image, small))
+    return shown
