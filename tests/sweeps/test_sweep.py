@@ -115,7 +115,7 @@ def test_features_over_the_limit_are_not_kept(program, own: Path, passes: list[s
     assert sweep(program, own, *GRID, "inference.keep_features=0").status == 0
     assert len(passes) == 16 + 24
     assert not (own / "store" / "views").exists()
-    again = ("thresholds.class_score=0.5", "inference.keep_features=0", "report=false")
+    again = ("prototypes.use=context", "inference.keep_features=0", "report=false")
     assert program("infer", *TINY, *TINY_INFER, *again, *at(own)).status == 0
     assert len(passes) == 16 + 24 + 24
 
@@ -142,8 +142,6 @@ def test_a_failing_job_stops_no_other_and_is_named(program, own: Path) -> None:
     assert "k=100000" in failed.read_text()
     assert f"failed: {failed.parent.name}" in outcome.stdout
     assert "k=100000" in outcome.stdout
-    # Put right, the sweep does what is missing.
-    assert sweep(program, own, "prototypes.k=2,3", "report=false").status == 0
 
 
 def test_batches_go_on_after_a_failure(program, own: Path) -> None:
