@@ -19,6 +19,10 @@ from lpcam.seeds import save_mask, seed_mask
 class MapModel(nn.Module):
     """A model that gives maps instead of scores: backbone and prototypes in one.
 
+    ``torch.jit.trace(MapModel(cam).eval(), images)`` makes TorchScript of it, which torch has
+    deprecated in favour of :func:`export_program`. Pictures may then have another size if the model
+    itself takes any. ``torch.jit.script`` does not work: a hook reads the features.
+
     Args:
         cam: A fitted LPCAM; its model is shared, not copied.
     """
