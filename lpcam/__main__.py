@@ -1,10 +1,15 @@
 """``python -m lpcam explain a.jpg --model NAME --prototypes FILE``: pictures in, overlays out.
 
+``python -m lpcam demo --model NAME --prototypes FILE`` serves a page that does it.
+
 Imports nothing heavy until it is needed, so that ``--help`` and a mistyped option answer at once.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,27 +34,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, or 1 after a mistake of the user's, which is printed in one line. A mistyped
         option exits with 2.
     """
-    parser = argparse.ArgumentParser("python -m lpcam", description="LPCAM for any classifier.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("explain", help="lay the maps of pictures over them")
-    command.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
-    command.add_argument("--model", required=True, help="a timm model, such as resnet50")
-    command.add_argument("--prototypes", required=True, type=Path, help="what LPCAM.save wrote")
-    command.add_argument("--weights", default="imagenet", help="imagenet, or a file of weights")
-    command.add_argument("--ckpt", type=Path, help="checkpoint of train.py, for a run's prototypes")
-    command.add_argument("--output", default="overlays", type=Path, help="folder of the overlays")
-    command.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="what to map")
-    command.add_argument("--top", default=1, type=int, help="or map so many best-scored classes")
-    command.add_argument("--side", default=512, type=int, help="shrink longer sides to so many px")
-    command.add_argument("--aggregate", default="mean", help="mean, max, topk or lse")
-    command.add_argument("--multi-scale", action="store_true", help="the paper's eight views")
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     try:
-        explain(options)
+        options.run(options)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their options; ``run`` of the parsed ones is the command's function."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--model", required=True, help="a timm model, such as resnet50")
+    shared.add_argument("--prototypes", required=True, type=Path, help="what LPCAM.save wrote")
+    shared.add_argument("--weights", default="imagenet", help="imagenet, or a file of weights")
+    shared.add_argument("--ckpt", type=Path, help="checkpoint of train.py, for a run's prototypes")
+    shared.add_argument("--side", default=512, type=int, help="shrink longer sides to so many px")
+    parser = argparse.ArgumentParser("python -m lpcam", description="LPCAM for any classifier.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    text = "lay the maps of pictures over them"
+    command = commands.add_parser("explain", help=text, parents=[shared])
+    command.set_defaults(run=explain)
+    command.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
+    command.add_argument("--output", default="overlays", type=Path, help="folder of the overlays")
+    command.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="what to map")
+    command.add_argument("--top", default=1, type=int, help="or map so many best-scored classes")
+    command.add_argument("--aggregate", default="mean", help="mean, max, topk or lse")
+    command.add_argument("--multi-scale", action="store_true", help="the paper's eight views")
+    text = "serve a page to upload pictures to, on this machine only"
+    command = commands.add_parser("demo", help=text, parents=[shared])
+    command.set_defaults(run=demo)
+    command.add_argument("--port", default=8501, type=int, help="of the page")
+    return parser
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Serve the page of ``lpcam/demo.py`` until it is interrupted.
+
+    Args:
+        options: The parsed command line.
+
+    Raises:
+        InputError: Streamlit is missing.
+    """
+    if importlib.util.find_spec("streamlit") is None:
+        raise InputError("demo: needs the package streamlit; pip install 'lpcam[demo]'")
+    settings = {
+        "server.address": "localhost",
+        "server.port": options.port,
+        "server.headless": "true",  # opens no browser, asks for no e-mail address
+        "browser.gatherUsageStats": "false",
+        "client.toolbarMode": "viewer",  # no button to publish the page
+    }
+    names = ("model", "prototypes", "weights", "ckpt", "side")
+    given = {name: getattr(options, name) for name in names}
+    command = [
+        *(sys.executable, "-m", "streamlit", "run", str(Path(__file__).with_name("demo.py"))),
+        *(f"--{name}={value}" for name, value in settings.items()),
+        "--",
+        *(f"--{name}={value}" for name, value in given.items() if value is not None),
+    ]
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(subprocess.call(command))
 
 
 def explain(options: argparse.Namespace) -> None:

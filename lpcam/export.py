@@ -23,6 +23,10 @@ from lpcam.store import write_atomically
 class MapModel(nn.Module):
     """A model that gives maps instead of scores: backbone and prototypes in one.
 
+    ``torch.jit.trace(MapModel(cam).eval(), images)`` makes TorchScript of it, which torch has
+    deprecated in favour of :func:`export_program`. Pictures may then have another size if the model
+    itself takes any. ``torch.jit.script`` does not work: a hook reads the features.
+
     Args:
         cam: A fitted LPCAM; its model is shared, not copied.
     """

@@ -57,7 +57,7 @@ def grid_size(size: tuple[int, int]) -> tuple[int, int]:
 
 def save_seed(path: Path, seed: Seed) -> None:
     """Write a seed record, its maps rounded to multiples of :data:`STEP`."""
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "keys": seed.keys.astype(np.int64),
         "maps": (np.round(seed.maps.astype(np.float32) / STEP) * STEP).astype(np.float16),
         "size": np.array(seed.size, np.int64),

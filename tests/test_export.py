@@ -12,7 +12,14 @@ from PIL import Image
 from lpcam import LPCAM
 from lpcam.data.coco import CATEGORY_IDS, CLASSES
 from lpcam.errors import InputError
-from lpcam.export import boxes, export_coco, export_onnx, export_program, save_masks
+from lpcam.export import (
+    MapModel,
+    boxes,
+    export_coco,
+    export_onnx,
+    export_program,
+    save_masks,
+)
 from lpcam.seeds import save_mask
 
 OPTIONS = {
@@ -42,6 +49,20 @@ def test_the_exported_graph_gives_the_same_maps(name: str) -> None:
     assert wanted.any()
     assert cam.model.training
     assert not any(module._forward_hooks for module in cam.model.modules())
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+@pytest.mark.parametrize("name", OPTIONS)
+def test_torchscript_gives_the_same_maps(name: str, tmp_path: Path) -> None:
+    cam = fitted(name)
+    torch.jit.trace(MapModel(cam).eval(), torch.randn(2, 3, 64, 64)).save(tmp_path / "maps.pt")
+    loaded = torch.jit.load(tmp_path / "maps.pt")
+
+    for side in (64,) if name.startswith("vit") else (64, 96):
+        images = torch.randn(3, 3, side, 64)
+        maps = loaded(images)
+        assert maps.any()
+        torch.testing.assert_close(maps.detach(), cam(images), rtol=0, atol=1e-5)
 
 
 # The warnings are onnxscript's and torch's own.

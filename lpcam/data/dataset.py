@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -118,11 +119,11 @@ class SegmentationDataset(ABC):
         return file_digest(picture.mask_path) if picture.mask_path else None
 
 
-def open_image(path: Path, *, decode: bool = True) -> Image.Image:
+def open_image(path: Path | IO[bytes], *, decode: bool = True) -> Image.Image:
     """Open an image file.
 
     Args:
-        path: The file.
+        path: The file, or its bytes opened.
         decode: Read the pixels too, so that damage is found here.
 
     Raises:
@@ -137,7 +138,7 @@ def open_image(path: Path, *, decode: bool = True) -> Image.Image:
     return image
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path | IO[bytes]) -> Image.Image:
     """Open a picture as RGB, whatever it is stored as.
 
     An EXIF rotation is ignored: masks and boxes belong to the pixels as they are stored.
