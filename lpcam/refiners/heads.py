@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lpcam.backbones import Backbone
 from lpcam.data.dataset import IGNORED, Picture, open_image, open_picture
+from lpcam.data.loaders import start_method
 from lpcam.data.transforms import normalize, rescale
 from lpcam.errors import InputError
 from lpcam.seeds import save_mask
@@ -203,6 +204,7 @@ def train_heads(
         shuffle=True,
         drop_last=len(crops) >= batch_size,
         num_workers=num_workers,
+        multiprocessing_context=start_method(num_workers),
     )
     last = folder / CHECKPOINT
     checkpoint = ModelCheckpoint(last.parent, last.stem, enable_version_counter=False)

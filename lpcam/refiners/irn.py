@@ -282,11 +282,8 @@ class IRN(TrainedRefiner):
         self.beta = beta
         self.steps = steps
 
-    def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:  # noqa: D102 - inherited
-        check_method(self.labels)
-        return super().inputs(pictures)
-
     def training_inputs(self) -> Mapping[str, Any]:  # noqa: D102 - inherited
+        check_method(self.labels)  # before a training that would find out late
         names = ("conf_fg", "conf_bg", "labels", "radius", "crop", "scales", "epochs",
                  "batch_size", "lr")  # fmt: skip
         return {"refiner": "IRN", **{name: getattr(self, name) for name in names}}

@@ -175,11 +175,8 @@ class PSA(TrainedRefiner):
         self.beta = beta
         self.steps = steps
 
-    def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:  # noqa: D102 - inherited
-        check_method(self.labels)
-        return super().inputs(pictures)
-
     def training_inputs(self) -> Mapping[str, Any]:  # noqa: D102 - inherited
+        check_method(self.labels)  # before a training that would find out late
         names = ("low", "high", "labels", "radius", "crop", "epochs", "batch_size", "lr")
         return {"refiner": "PSA", **{name: getattr(self, name) for name in names}}
 

@@ -215,7 +215,7 @@ def test_what_results_depend_on() -> None:
     for changed in ({"conf_fg": 0.9}, {"radius": 8}, {"epochs": 1}, {"scales": (1, 1)}):
         assert IRN(**changed).training_inputs() != plain.training_inputs()
     with pytest.raises(InputError, match=r"refiner\.labels=none"):
-        IRN(labels="none").inputs([])
+        IRN(labels="none").training_inputs()
 
 
 def test_a_head_of_another_backbone(trained: tuple[Path, list[float]]) -> None:
