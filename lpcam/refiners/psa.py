@@ -24,7 +24,6 @@ from lpcam.errors import InputError
 from lpcam.refiners.base import TrainedRefiner
 from lpcam.refiners.heads import (
     HeadTraining,
-    LabelledCrops,
     check_crop,
     load_head,
     resize,
@@ -191,23 +190,15 @@ class PSA(TrainedRefiner):
         *,
         num_workers: int,
     ) -> None:
-        label_folder = folder / "labels"
-        label_folder.mkdir(exist_ok=True)
-        crops = LabelledCrops(
-            pictures,
-            label_folder,
-            partial(self._label, read_seed),
-            mean=backbone.mean,
-            std=backbone.std,
-            crop=self.crop,
-            stride=STRIDE,
-        )
         training = AffinityTraining(backbone, radius=self.radius, lr=self.lr)
         train_heads(
             folder,
             training,
-            crops,
+            pictures,
+            partial(self._label, read_seed),
             make_trainer,
+            crop=self.crop,
+            stride=STRIDE,
             epochs=self.epochs,
             batch_size=self.batch_size,
             num_workers=num_workers,

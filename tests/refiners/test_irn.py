@@ -9,7 +9,8 @@ from PIL import Image
 from lpcam.backbones import build_backbone
 from lpcam.errors import InputError
 from lpcam.refiners.heads import stage_channels
-from lpcam.refiners.irn import IRN, THRESHOLDS, RelationNetwork
+from lpcam.refiners.irn import IRN, THRESHOLDS
+from lpcam.refiners.irn.network import RelationNetwork
 from lpcam.refiners.random_walk import random_walk
 from lpcam.seeds import Seed, grid_size, load_seed, save_seed
 from tests.refiners.learning import Losses, Task, fit, make_task, tiny_backbone

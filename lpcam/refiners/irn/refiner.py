@@ -1,9 +1,4 @@
-"""IRN: maps spread by a random walk up to boundaries that a network learns from the maps.
-
-Ahn et al., "Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations", CVPR
-2019. The network also learns displacements towards the centres of objects, which separate
-instances; the pseudo masks of classes need the boundaries alone.
-"""
+"""IRN as a refiner: its settings, and how maps are refined."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,16 +9,14 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpcam.backbones import Backbone
-from lpcam.data.dataset import Picture, open_picture
+from lpcam.data.dataset import Picture
 from lpcam.data.transforms import normalize
 from lpcam.errors import InputError
 from lpcam.refiners.base import TrainedRefiner
 from lpcam.refiners.heads import (
-    HeadTraining,
-    LabelledCrops,
     check_crop,
     load_head,
     resize,
@@ -31,9 +24,10 @@ from lpcam.refiners.heads import (
     stage_channels,
     train_heads,
 )
+from lpcam.refiners.irn.network import RelationNetwork
+from lpcam.refiners.irn.training import RelationTraining
 from lpcam.refiners.labels import check_method, relation_labels
-from lpcam.refiners.pairs import PairLabels, affinity_loss, mean_where, pair_labels
-from lpcam.refiners.random_walk import at_offset, edge_affinity, pair_offsets, random_walk
+from lpcam.refiners.random_walk import random_walk
 from lpcam.seeds import Seed, grid_size
 
 # Pixels between the cells of the boundary map.
@@ -69,145 +63,6 @@ THRESHOLDS = {
     "amn_voc": Thresholds(0.45, 0.15, 0.25, 1.3),
     "amn_coco": Thresholds(0.45, 0.15, 0.22, 1.3),
 }
-
-
-class RelationNetwork(nn.Module):
-    """Boundaries and displacements from the stages of a backbone.
-
-    Normalisation is by groups of channels in one picture, so a picture's result does not depend on
-    its batch.
-
-    Args:
-        channels: Channels of each stage, the finest first; at least three.
-    """
-
-    mean_shift: Tensor
-
-    def __init__(self, channels: Sequence[int]) -> None:
-        super().__init__()
-        self.edge_branches = nn.ModuleList(_branch(own, 32, 4) for own in channels)
-        self.edge_out = nn.Conv2d(32 * len(channels), 1, 1)
-        shallow, deep = channels[:2], channels[2:]
-        self.shallow = nn.ModuleList(
-            _branch(own, width, width // 8) for own, width in zip(shallow, (64, 128), strict=True)
-        )
-        self.deep = nn.ModuleList(_branch(own, 256, 16) for own in deep)
-        self.merge_deep = _branch(256 * len(deep), 256, 16)
-        self.merge = _branch(256 + 64 + 128, 256, 16)
-        self.displacement_out = nn.Conv2d(256, 2, 1, bias=False)
-        self.register_buffer("mean_shift", torch.zeros(2))
-
-    def edge(self, features: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-        """Boundary logits.
-
-        Args:
-            features: The stages ``(B, D_i, h_i, w_i)``.
-            grid: The stride-4 grid.
-
-        Returns:
-            ``(B, *grid)``.
-        """
-        found = [
-            resize(branch(own), grid).relu()
-            for branch, own in zip(self.edge_branches, _fit(features, grid), strict=True)
-        ]
-        return self.edge_out(torch.cat(found, 1))[:, 0]
-
-    def displacement(self, features: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-        """Displacements ``(B, 2, *grid)`` (rows, columns) to a common point of each object.
-
-        In evaluation their mean over the training pictures is subtracted, since training fixes only
-        the differences.
-        """
-        half = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
-        features = _fit(features, grid)
-        deep = [resize(b(own), half).relu() for b, own in zip(self.deep, features[2:], strict=True)]
-        merged = resize(self.merge_deep(torch.cat(deep, 1)), grid).relu()
-        shallow = [
-            resize(branch(own), grid).relu()
-            for branch, own in zip(self.shallow, features[:2], strict=True)
-        ]
-        found = self.displacement_out(self.merge(torch.cat([*shallow, merged], 1)).relu())
-        return found if self.training else found - self.mean_shift[:, None, None]
-
-
-def _branch(channels: int, width: int, groups: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.GroupNorm(groups, width))
-
-
-def _fit(features: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]:
-    """Bring stages that are finer than the grid to it before anything is computed from them."""
-    return [resize(f, grid) if f.shape[2] > grid[0] else f for f in features]
-
-
-def displacement_loss(displacement: Tensor, pairs: PairLabels, radius: int) -> Tensor:
-    """How far differences of displacements are from what they should be (IRN, Eq. 8 and 9).
-
-    Two cells of one object point to the same place, so theirs differ by the way from one to the
-    other; two cells of background have the same.
-
-    Args:
-        displacement: ``(B, 2, h, w)``.
-        pairs: What is known of the pairs.
-        radius: Their radius.
-
-    Returns:
-        Mean absolute error over the foreground pairs, plus that over the background pairs.
-    """
-    offsets = pair_offsets(radius)
-    first = at_offset(displacement, (0, 0), radius)
-    difference = torch.stack([first - at_offset(displacement, o, radius) for o in offsets], 2)
-    wanted = torch.tensor(offsets).to(difference).T[:, :, None, None]
-    foreground = (difference - wanted).abs().mean(1)
-    background = difference.abs().mean(1)
-    return mean_where(foreground, pairs.foreground) + mean_where(background, pairs.background)
-
-
-class RelationTraining(HeadTraining):
-    """Learns boundaries and displacements.
-
-    Args:
-        backbone: The backbone.
-        radius: Of the pairs, in cells of the stride-4 grid.
-        lr: Learning rate of the boundary's layers; those of the displacements have ten times that.
-        weight_decay: Weight decay.
-    """
-
-    head: RelationNetwork
-
-    def __init__(
-        self, backbone: Backbone, *, radius: int, lr: float, weight_decay: float = 1e-4
-    ) -> None:
-        head = RelationNetwork(stage_channels(backbone))
-        edge = [*head.edge_branches.parameters(), *head.edge_out.parameters()]
-        ids = {id(parameter) for parameter in edge}
-        others = [parameter for parameter in head.parameters() if id(parameter) not in ids]
-        groups = [(edge, lr), (others, 10 * lr)]
-        super().__init__(backbone, head, groups, weight_decay=weight_decay)
-        self.radius = radius
-
-    def loss(self, features: list[Tensor], labels: Tensor) -> Tensor:
-        """Loss of the affinities plus half that of the displacements."""
-        grid = (labels.shape[1], labels.shape[2])
-        pairs = pair_labels(labels, self.radius)
-        affinity = edge_affinity(self.head.edge(features, grid).sigmoid(), self.radius)
-        displacement = self.head.displacement(features, grid)
-        apart = displacement_loss(displacement, pairs, self.radius)
-        return affinity_loss(affinity, pairs) + apart / 2
-
-    @torch.no_grad()
-    def find_mean_shift(self, pictures: Sequence[Picture]) -> None:
-        """Store the mean displacement over pictures, each counting the same."""
-        self.eval()
-        self.head.mean_shift.zero_()
-        total = torch.zeros_like(self.head.mean_shift)
-        for picture in pictures:
-            image = open_picture(picture.path)
-            pixels = normalize(image, self.backbone.mean, self.backbone.std)[None].to(total)
-            grid = grid_size((image.height, image.width))
-            found = self.head.displacement(self.backbone.stages(pixels), grid)
-            total += found.mean((0, 2, 3))
-        self.head.mean_shift.copy_(total / max(len(pictures), 1))
 
 
 class IRN(TrainedRefiner):
@@ -299,24 +154,16 @@ class IRN(TrainedRefiner):
         *,
         num_workers: int,
     ) -> None:
-        label_folder = folder / "labels"
-        label_folder.mkdir(exist_ok=True)
-        crops = LabelledCrops(
-            pictures,
-            label_folder,
-            partial(self._label, read_seed),
-            mean=backbone.mean,
-            std=backbone.std,
-            crop=self.crop,
-            stride=STRIDE,
-            scales=(self.scales[0], self.scales[1]),
-        )
         training = RelationTraining(backbone, radius=self.radius, lr=self.lr)
         train_heads(
             folder,
             training,
-            crops,
+            pictures,
+            partial(self._label, read_seed),
             make_trainer,
+            crop=self.crop,
+            stride=STRIDE,
+            scales=self.scales,
             epochs=self.epochs,
             batch_size=self.batch_size,
             num_workers=num_workers,
