@@ -109,11 +109,11 @@ def view_loader(
         batches,
         batch_size=None,
         num_workers=num_workers,
-        multiprocessing_context=_start_method(num_workers),
+        multiprocessing_context=start_method(num_workers),
     )
 
 
-def _start_method(num_workers: int) -> str | None:
+def start_method(num_workers: int) -> str | None:
     """Under joblib the processes of a loader could not start the way that joblib's own do."""
     return "fork" if num_workers and sys.platform == "linux" else None
 
@@ -150,7 +150,7 @@ def train_loader(
         shuffle=shuffle,
         drop_last=shuffle and len(pairs) >= batch_size,
         num_workers=num_workers,
-        multiprocessing_context=_start_method(num_workers),
+        multiprocessing_context=start_method(num_workers),
     )
 
 

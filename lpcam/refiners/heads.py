@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lpcam.backbones import Backbone
 from lpcam.data.dataset import IGNORED, Picture, open_image, open_picture
+from lpcam.data.loaders import start_method
 from lpcam.data.transforms import normalize, rescale
 from lpcam.errors import InputError
 from lpcam.seeds import save_mask
@@ -60,7 +61,7 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
         std: Sequence[float],
         crop: int,
         stride: int,
-        scales: tuple[float, float] = (1, 1),
+        scales: Sequence[float] = (1, 1),
     ) -> None:
         self.pictures = pictures
         self.folder = folder
@@ -189,20 +190,51 @@ def check_crop(crop: int, stride: int, radius: int) -> None:
 def train_heads(
     folder: Path,
     module: HeadTraining,
-    crops: LabelledCrops,
+    pictures: Sequence[Picture],
+    make_label: Callable[[Picture, Image.Image], np.ndarray],
     make_trainer: Callable[..., pl.Trainer],
     *,
+    crop: int,
+    stride: int,
+    scales: Sequence[float] = (1, 1),
     epochs: int,
     batch_size: int,
     num_workers: int,
 ) -> None:
-    """Train, going on from the last epoch of a killed run."""
+    """Train, going on from the last epoch of a killed run.
+
+    Args:
+        folder: Where label images and checkpoints go.
+        module: What is trained.
+        pictures: See :class:`LabelledCrops`.
+        make_label: Likewise.
+        make_trainer: Makes Lightning's trainer.
+        crop: See :class:`LabelledCrops`.
+        stride: Likewise.
+        scales: Likewise.
+        epochs: Passes over the pictures.
+        batch_size: Crops a step.
+        num_workers: Processes that make labels and crops.
+    """
+    labels = folder / "labels"
+    labels.mkdir(exist_ok=True)
+    crops = LabelledCrops(
+        pictures,
+        labels,
+        make_label,
+        mean=module.backbone.mean,
+        std=module.backbone.std,
+        crop=crop,
+        stride=stride,
+        scales=scales,
+    )
     loader = DataLoader(
         crops,
         batch_size=batch_size,
         shuffle=True,
         drop_last=len(crops) >= batch_size,
         num_workers=num_workers,
+        multiprocessing_context=start_method(num_workers),
     )
     last = folder / CHECKPOINT
     checkpoint = ModelCheckpoint(last.parent, last.stem, enable_version_counter=False)

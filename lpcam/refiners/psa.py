@@ -24,7 +24,6 @@ from lpcam.errors import InputError
 from lpcam.refiners.base import TrainedRefiner
 from lpcam.refiners.heads import (
     HeadTraining,
-    LabelledCrops,
     check_crop,
     load_head,
     resize,
@@ -175,11 +174,8 @@ class PSA(TrainedRefiner):
         self.beta = beta
         self.steps = steps
 
-    def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:  # noqa: D102 - inherited
-        check_method(self.labels)
-        return super().inputs(pictures)
-
     def training_inputs(self) -> Mapping[str, Any]:  # noqa: D102 - inherited
+        check_method(self.labels)  # before a training that would find out late
         names = ("low", "high", "labels", "radius", "crop", "epochs", "batch_size", "lr")
         return {"refiner": "PSA", **{name: getattr(self, name) for name in names}}
 
@@ -194,23 +190,15 @@ class PSA(TrainedRefiner):
         *,
         num_workers: int,
     ) -> None:
-        label_folder = folder / "labels"
-        label_folder.mkdir(exist_ok=True)
-        crops = LabelledCrops(
-            pictures,
-            label_folder,
-            partial(self._label, read_seed),
-            mean=backbone.mean,
-            std=backbone.std,
-            crop=self.crop,
-            stride=STRIDE,
-        )
         training = AffinityTraining(backbone, radius=self.radius, lr=self.lr)
         train_heads(
             folder,
             training,
-            crops,
+            pictures,
+            partial(self._label, read_seed),
             make_trainer,
+            crop=self.crop,
+            stride=STRIDE,
             epochs=self.epochs,
             batch_size=self.batch_size,
             num_workers=num_workers,

@@ -9,7 +9,8 @@ from PIL import Image
 from lpcam.backbones import build_backbone
 from lpcam.errors import InputError
 from lpcam.refiners.heads import stage_channels
-from lpcam.refiners.irn import IRN, THRESHOLDS, RelationNetwork
+from lpcam.refiners.irn import IRN, THRESHOLDS
+from lpcam.refiners.irn.network import RelationNetwork
 from lpcam.refiners.random_walk import random_walk
 from lpcam.seeds import Seed, grid_size, load_seed, save_seed
 from tests.refiners.learning import Losses, Task, fit, make_task, tiny_backbone
@@ -215,7 +216,7 @@ def test_what_results_depend_on() -> None:
     for changed in ({"conf_fg": 0.9}, {"radius": 8}, {"epochs": 1}, {"scales": (1, 1)}):
         assert IRN(**changed).training_inputs() != plain.training_inputs()
     with pytest.raises(InputError, match=r"refiner\.labels=none"):
-        IRN(labels="none").inputs([])
+        IRN(labels="none").training_inputs()
 
 
 def test_a_head_of_another_backbone(trained: tuple[Path, list[float]]) -> None:

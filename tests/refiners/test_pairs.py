@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lpcam.refiners.irn import displacement_loss
+from lpcam.refiners.irn.training import displacement_loss
 from lpcam.refiners.pairs import affinity_loss, mean_where, pair_labels
 from lpcam.refiners.random_walk import pair_offsets
 from tests.oracles import pairs as oracle
