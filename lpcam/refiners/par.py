@@ -4,7 +4,7 @@ Ru et al., "Learning Affinity from Attention: End-to-End Weakly-Supervised Seman
 with Transformers", CVPR 2022, section 3.4.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from lpcam.data.dataset import Picture
 from lpcam.refiners.base import Refiner
 from lpcam.seeds import Seed
 
@@ -108,39 +109,66 @@ def pixel_adaptive_refinement(
 
 
 class PAR(Refiner):
-    """Pixel-adaptive refinement of each map, at the picture's own size.
+    """Pixel-adaptive refinement of each map, on a grid of every second pixel.
+
+    There is no background channel: a constant one would stay what it is, because each score becomes
+    a mean, and would change nothing but the best background score; ``(1 - strongest map)^a`` with a
+    of 1 and 2 was worth the same.
+
+    Half the resolution, as in the published pipelines, takes a quarter of the time and lets scores
+    travel twice as far.
 
     Args:
-        dilations: See :func:`pixel_adaptive_refinement`.
+        stride: Pixels a step of the grid, in each direction.
+        dilations: See :func:`pixel_adaptive_refinement`, in steps of the grid.
         iterations: Likewise.
         contrast: Likewise.
         position_weight: Likewise.
+        device: Where it is computed, such as "cuda".
         **options: See :class:`~lpcam.refiners.base.Refiner`.
     """
 
     def __init__(
         self,
         *,
+        stride: int = 2,
         dilations: Sequence[int] = DILATIONS,
         iterations: int = 10,
         contrast: float = 0.3,
         position_weight: float = 0.01,
+        device: str = "cpu",
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.stride = stride
         self.dilations = list(dilations)
         self.iterations = iterations
         self.contrast = contrast
         self.position_weight = position_weight
+        self.device = device
+
+    def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:  # noqa: D102 - inherited
+        inputs = {**super().inputs(pictures)}
+        del inputs["device"]
+        return inputs
 
     def refine(self, image_id: str, image: Image.Image, seed: Seed) -> Seed:  # noqa: D102 - inherited
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        maps = seed.full_size()
+        grid = [-(-side // self.stride) for side in seed.size]
+        pixels, maps = (
+            F.interpolate(values[None].to(self.device), grid, mode="bilinear", antialias=True)
+            if len(values)
+            else values.new_zeros(1, 0, *grid)
+            for values in (pixels, maps)
+        )
         maps = pixel_adaptive_refinement(
             pixels,
-            seed.full_size()[None],
+            maps,
             dilations=self.dilations,
             iterations=self.iterations,
             contrast=self.contrast,
             position_weight=self.position_weight,
         )[0]
-        return Seed(seed.keys, maps.half().numpy(), seed.size)
+        # Means of scores, but for rounding.
+        return Seed(seed.keys, maps.clamp(0, 1).half().cpu().numpy(), seed.size)

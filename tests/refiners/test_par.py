@@ -106,7 +106,7 @@ def test_no_iteration_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("classes", [0, 1, 5])
-@pytest.mark.parametrize("size", [(33, 50), (13, 200)])
+@pytest.mark.parametrize("size", [(20, 31), (33, 500)])
 def test_records(tmp_path: Path, classes: int, size: tuple[int, int]) -> None:
     random = np.random.default_rng(0)
     image = Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8))
@@ -128,10 +128,24 @@ def test_records(tmp_path: Path, classes: int, size: tuple[int, int]) -> None:
     assert mask.any() == (classes > 1)
 
 
+def test_on_a_grid_of_every_pixel_it_is_the_function() -> None:
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (10, 13, 3), dtype=np.uint8)
+    maps = random.random((2, 10, 13)).astype(np.float16)
+    seed = Seed(np.array([1, 4]), maps, (10, 13))
+
+    found = PAR(stride=1, iterations=2).refine("a", Image.fromarray(pixels), seed)
+
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    wanted = pixel_adaptive_refinement(images, torch.from_numpy(maps).float()[None], iterations=2)
+    np.testing.assert_allclose(found.maps, wanted[0].numpy(), rtol=0, atol=2**-12)
+
+
 def test_every_setting_is_an_input() -> None:
     refiner = PAR(dilations=(1, 2), iterations=3, contrast=0.5, position_weight=0.1, source="cam")
     assert refiner.inputs([]) == {
         "refiner": "PAR",
+        "stride": 2,
         "dilations": [1, 2],
         "iterations": 3,
         "contrast": 0.5,
