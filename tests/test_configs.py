@@ -68,3 +68,21 @@ def test_train_and_infer_agree_on_the_classifier() -> None:
     train, infer = config("train"), config("infer")
     for group in ("dataset", "backbone", "classifier", "seed", "paths"):
         assert train[group] == infer[group]
+
+
+STUDIES = sorted((ROOT / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
+def test_every_study_composes_and_names_its_command(study: Path) -> None:
+    line = study.read_text().splitlines()[1]  # Hydra wants the package on the first
+    assert f"experiments={study.stem}" in line
+    cfg = compose("infer", [f"experiments={study.stem}"], return_hydra_config=True)
+    assert "hydra" not in cfg.get("experiments", {})
+    swept = cfg.hydra.sweeper.params
+    assert (cfg.hydra.mode is not None) == bool(swept)
+    for key, values in (swept or {}).items():
+        # What is swept is there to be changed.
+        value = str(values).split(",")[0]
+        if not value.startswith(("range", "interval")):
+            compose("infer", [f"{key}={value}"])
