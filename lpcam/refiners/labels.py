@@ -11,7 +11,7 @@ from torch import Tensor
 from lpcam.data.dataset import IGNORED
 from lpcam.errors import InputError
 from lpcam.refiners.crf import PARAMETERS, check_backend, dense_crf, label_probabilities
-from lpcam.refiners.par import pixel_adaptive_refinement
+from lpcam.refiners.par import PAR
 from lpcam.seeds import Seed, seed_mask
 
 METHODS = ("par", "crf")
@@ -45,9 +45,7 @@ def relation_labels(
     Returns:
         ``(H, W)`` uint8: 0 background, class index + 1, 255 open.
     """
-    maps = seed.full_size()
-    if method == "par":
-        maps = pixel_adaptive_refinement(_pixels(image), maps[None])[0]
+    maps = _par(image, seed.full_size()) if method == "par" else seed.full_size()
     masks = [seed_mask(maps, seed.keys, threshold) for threshold in (conf_fg, conf_bg)]
     if method == "crf":
         masks = [_crf_mask(image, mask, seed.keys) for mask in masks]
@@ -79,8 +77,7 @@ def affinity_labels(
         return np.zeros(seed.size, np.uint8)
     backgrounds = [background_score(maps, power) for power in (low, high)]
     if method == "par":
-        both = torch.cat([*backgrounds, maps])
-        both = pixel_adaptive_refinement(_pixels(image), both[None])[0]
+        both = _par(image, torch.cat([*backgrounds, maps]))
         scores = [torch.cat([both[index : index + 1], both[2:]]) for index in (0, 1)]
     else:
         scores = [
@@ -106,8 +103,11 @@ def cell_means(scores: Tensor, stride: int) -> Tensor:
     return F.avg_pool2d(scores[None], stride, ceil_mode=True)[0]
 
 
-def _pixels(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+def _par(image: Image.Image, maps: Tensor) -> Tensor:
+    """Refine maps ``(K, H, W)`` with the defaults of the refiner."""
+    size = (maps.shape[1], maps.shape[2])
+    seed = Seed(np.arange(len(maps)), maps.numpy(), size)
+    return PAR().refine("", image, seed).full_size()
 
 
 def _crf_mask(image: Image.Image, mask: np.ndarray, keys: Sequence[int] | np.ndarray) -> np.ndarray:

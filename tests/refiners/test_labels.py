@@ -5,7 +5,7 @@ from PIL import Image
 
 from lpcam.errors import InputError
 from lpcam.refiners.labels import affinity_labels, cell_means, check_method, relation_labels
-from lpcam.refiners.par import pixel_adaptive_refinement
+from lpcam.refiners.par import PAR
 from lpcam.seeds import Seed
 
 METHODS = ["par", pytest.param("crf", marks=pytest.mark.filterwarnings("ignore"))]
@@ -43,11 +43,10 @@ def test_one_refinement_serves_both_thresholds() -> None:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
     seed = Seed(np.array([2, 7]), rng.random((2, 5, 6)).astype(np.float16), (20, 24))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     masks = []
     for threshold in (0.6, 0.4):
-        scores = torch.cat([torch.full((1, 20, 24), threshold), seed.full_size()])
-        refined = pixel_adaptive_refinement(pixels, scores[None])[0]
+        scores = np.concatenate([np.full((1, 20, 24), threshold), seed.full_size().numpy()])
+        refined = PAR().refine("a", image, Seed(np.arange(3), scores, (20, 24))).full_size()
         masks.append(np.array([0, 3, 8])[refined.argmax(0).numpy()])
     sure, possible = masks
     expected = np.where(sure > 0, sure, np.where(possible > 0, 255, 0))
