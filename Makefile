@@ -10,7 +10,10 @@ $(VENV)/bin/uv pip install --quiet --python $(RUN) -e '$(1)' || \
 touch $@
 endef
 
-.PHONY: help demo test lint format clean
+API := $(addprefix lpcam.,explainer prototype_set prototype_head feature_layers views visualize \
+	export functional kmeans prototypes evaluation backbones)
+
+.PHONY: help demo test lint format docs clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -31,8 +34,11 @@ format: $(VENV)/installed-dev ## fix style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-clean: ## remove what runs left: results, the stage store and the generated data
-	rm -rf outputs store data .pytest_cache .mypy_cache .ruff_cache .hypothesis
+docs: $(VENV)/installed-dev ## make pages of the library from its docstrings, in build/docs
+	$(RUN) -W error::UserWarning -m pdoc --docformat google --output-directory build/docs $(API)
+
+clean: ## remove what runs left: results, the stage store, the generated data and pages
+	rm -rf outputs build store data .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -42,8 +42,9 @@ class LPCAM:
             them, ``relu``, or ``center``: subtract the mean feature of the fitted pictures. This
             concerns prototypes and what is compared with them, never the CAM of the classifier.
         activation: The paper's tau: where a class's CAM, in 0..1, reaches it lies foreground.
-        class_score: The paper's mu_f: class prototypes score above it. Where there are hundreds of
-            classes few centres reach 0.9; lower it then.
+        class_score: The paper's mu_f: class prototypes score above it. Few centres reach 0.9 where
+            there are hundreds of classes, or weights that were never trained for them; lower it
+            then.
         context_score: The paper's mu_b: context prototypes score below it.
         context_floor: And above this; None for no bound. The published code has 0.05, for 20
             classes.
@@ -224,7 +225,7 @@ class LPCAM:
         views: Views = SINGLE_VIEW,
         aggregate: str = "mean",
     ) -> Tensor:
-        """Maps of all asked classes.
+        """Maps of all asked classes, from one forward pass a scale.
 
         Args:
             images: Normalised pictures ``(B, 3, H, W)``.
@@ -251,7 +252,7 @@ class LPCAM:
         views: Views = SINGLE_VIEW,
         aggregate: str = "mean",
     ) -> tuple[Tensor, Tensor]:
-        """Maps of LPCAM, and of plain CAM from the same forward passes; arguments as in a call.
+        """Maps as from a call, and those of plain CAM from the same forward passes.
 
         Returns:
             Both ``(B, C, H, W)`` in 0..1. CAM also has maps of asked classes that are not fitted.

@@ -24,9 +24,9 @@ SCHEMA = "2"
 class Prototypes:
     """The selected prototypes of every class.
 
-    A prototype is addressed by its class, its side (``class`` or ``context``) and its index: the
-    number of the cluster that it was. The index stays its own when other prototypes go. Edits
-    return a new set.
+    A prototype is addressed by its class (``name``, the class's name or its index), its ``side``
+    (``class`` or ``context``) and its own ``index``: the number of the cluster that it was, which
+    stays when other prototypes go. :meth:`rename`, :meth:`drop` and :meth:`merge` return a new set.
 
     Attributes:
         classes: Names of the C classes.
@@ -94,13 +94,7 @@ class Prototypes:
         return (self.own if side == "class" else self.context)[self.class_index(name)]
 
     def rename(self, name: str | int, index: int, text: str, side: str = "class") -> "Prototypes":
-        """Give one prototype a name of its own.
-
-        Args:
-            name: Its class, by name or index.
-            index: Its index.
-            text: The new name.
-            side: ``class`` or ``context``.
+        """Give one prototype the name ``text``.
 
         Raises:
             InputError: There is no such prototype.
@@ -110,11 +104,6 @@ class Prototypes:
 
     def drop(self, name: str | int, indices: Sequence[int], side: str = "class") -> "Prototypes":
         """Leave prototypes out. A class whose own prototypes all go is no longer mapped.
-
-        Args:
-            name: Their class, by name or index.
-            indices: Their indices.
-            side: ``class`` or ``context``.
 
         Raises:
             InputError: There is no such prototype.
@@ -129,11 +118,6 @@ class Prototypes:
 
         Several prototypes count for one after that, which gives the others of the class more weight
         in the mean over prototypes.
-
-        Args:
-            name: Their class, by name or index.
-            indices: Their indices.
-            side: ``class`` or ``context``.
 
         Raises:
             InputError: There is no such prototype.
