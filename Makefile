@@ -48,3 +48,5 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(call install,.[dev])
+	@$(VENV)/bin/uv pip install --quiet --python $(RUN) -e '.[crf]' || \
+		echo "no dense CRF without a C compiler: its tests are skipped"

@@ -69,14 +69,14 @@ def main(cfg: DictConfig) -> float | None:
     stages = {"features": own.features, "clustering": own.clustering[0]}
     stages |= {f"{name} of {split}": stage for name in maps for split, stage in maps[name].items()}
     titles = own.titles
-    methods = [
-        Method(
+    methods = {
+        name: Method(
             titles[name],
             scores[name],
             {split: maps[name][split].folder for split in dataset.map_splits},
         )
         for name in titles
-    ]
+    }
     if cfg.report:
         write_report(
             output / "report.html",
@@ -85,7 +85,7 @@ def main(cfg: DictConfig) -> float | None:
             config=OmegaConf.to_yaml(cfg, resolve=True),
             dataset=dataset,
             splits={split: dataset.pictures(split) for split in dataset.map_splits},
-            methods=methods,
+            methods=list(methods.values()),
             threshold=threshold,
             prototypes=outputs.prototype_views(
                 own.features, own.clustering[1], own.prototypes, own.classifier, dataset

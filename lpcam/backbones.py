@@ -70,17 +70,44 @@ class Backbone(nn.Module):
         Returns:
             Features ``(B, D, h, w)``; those of a transformer are its patch tokens.
         """
-        grid = [
-            -(-side // patch) for side, patch in zip(images.shape[2:], self._patch, strict=True)
-        ]
-        missing = [n * p - s for n, p, s in zip(grid, self._patch, images.shape[2:], strict=True)]
-        if any(missing):
-            images = F.pad(images, (0, missing[1], 0, missing[0]))
-        features = self.network.forward_features(images.contiguous(memory_format=self._format))
+        images = self._whole_patches(images)
+        features = self.network.forward_features(images)
         if features.ndim == 3:
             tokens = features[:, self.network.num_prefix_tokens :]
+            grid = [n // p for n, p in zip(images.shape[2:], self._patch, strict=True)]
             return tokens.transpose(1, 2).unflatten(2, grid)
         return features if features.shape[1] == self.dim else features.permute(0, 3, 1, 2)
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Features after each stage, the finest first; of a transformer, after some of its blocks.
+
+        Args:
+            images: Normalised pictures ``(B, 3, H, W)``.
+
+        Returns:
+            Three to five grids ``(B, D_i, h_i, w_i)``.
+
+        Raises:
+            InputError: The network does not give them.
+        """
+        found: list[Tensor] = []
+        if hasattr(self.network, "forward_intermediates"):
+            images = self._whole_patches(images)
+            found = self.network.forward_intermediates(images, intermediates_only=True)
+        if len(found) < 3:
+            raise InputError(
+                f"backbone.name={self.name}: gives no features of its stages; take another network "
+                "or a refiner that is not trained"
+            )
+        kept = min(len(found), 5)
+        return [found[len(found) * (index + 1) // kept - 1] for index in range(kept)]
+
+    def _whole_patches(self, images: Tensor) -> Tensor:
+        """Pad pictures with zeros until patches fill them, in the network's memory format."""
+        missing = [-side % patch for side, patch in zip(images.shape[2:], self._patch, strict=True)]
+        if any(missing):
+            images = F.pad(images, (0, missing[1], 0, missing[0]))
+        return images.contiguous(memory_format=self._format)
 
     def train(self, mode: bool = True) -> "Backbone":
         """Switch between training and evaluation, BatchNorm excepted."""

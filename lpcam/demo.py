@@ -26,7 +26,7 @@ def page() -> None:
         InputError: A file cannot be read, or files do not belong together.
     """
     options = make_parser().parse_args(["demo", *sys.argv[1:]])
-    kept = st.cache_resource(load, show_spinner="Loading the model")
+    kept = st.cache_resource(show_spinner="Loading the model")(load)
     cam, backbone = kept(options.model, options.weights, options.ckpt, options.prototypes)
     uploaded = st.sidebar.file_uploader("Picture", ["jpg", "jpeg", "png", "webp"])
     if uploaded is None:

@@ -1,5 +1,7 @@
-"""Fitted maps for use elsewhere: as one graph, as pseudo masks, as boxes."""
+"""Fitted maps for use elsewhere: as one graph, as pseudo masks, as COCO results, as boxes."""
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +11,13 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
+from lpcam.data.dataset import IGNORED, open_image
 from lpcam.errors import InputError
 from lpcam.explainer import LPCAM
 from lpcam.feature_layers import evaluating
 from lpcam.functional import normalize_maps
 from lpcam.seeds import save_mask, seed_mask
+from lpcam.store import write_atomically
 
 
 class MapModel(nn.Module):
@@ -124,6 +128,69 @@ def save_masks(
     for own, own_labels, path in zip(maps.cpu(), labels.cpu(), paths, strict=True):
         keys = own_labels.nonzero()[:, 0]
         save_mask(Path(path), seed_mask(own[keys], keys.numpy(), background))
+
+
+def export_coco(folder: str | Path, path: str | Path, category_ids: Sequence[int]) -> int:
+    """Write the pseudo masks of a folder as one file of COCO results, run-length encoded.
+
+    Each class of a picture is one entry of score 1: a mask does not tell objects apart. The image
+    id is the number at the end of the file's name, as COCO names its pictures, or the whole name
+    where it ends in none. Pixels of 255 belong to no class.
+
+    Args:
+        folder: Holds ``<id>.png``, palette or greyscale.
+        path: The JSON file.
+        category_ids: The category id of each class, such as
+            :data:`lpcam.data.coco.CATEGORY_IDS`; of the class that a mask calls 1 first.
+
+    Returns:
+        Number of entries.
+
+    Raises:
+        InputError: pycocotools is missing, there is no mask, two have the same image id, or a mask
+            cannot be read or holds a label without a category id.
+    """
+    try:
+        from pycocotools.mask import encode
+    except ModuleNotFoundError as error:
+        raise InputError(
+            "export_coco: needs the package pycocotools; pip install 'lpcam[coco]'"
+        ) from error
+    files = sorted(Path(folder).glob("*.png"))
+    if not files:
+        raise InputError(f"{folder}: holds no mask <id>.png; name a run's folder masks")
+    entries: list[dict[str, object]] = []
+    seen: dict[int | str, Path] = {}
+    for file in files:
+        number = re.search(r"(?a:\d+)$", file.stem)
+        image_id = int(number[0]) if number else file.stem
+        if image_id in seen:
+            raise InputError(
+                f"{file}: image id {image_id}, which is also that of {seen[image_id].name}; "
+                "rename one"
+            )
+        seen[image_id] = file
+        with open_image(file) as image:
+            if image.mode not in ("P", "L"):
+                raise InputError(f"{file}: mask of mode {image.mode}; save palette or greyscale")
+            mask = np.asarray(image)
+        for label in np.unique(mask[(mask > 0) & (mask != IGNORED)]).tolist():
+            if label > len(category_ids):
+                raise InputError(
+                    f"{file}: holds {label}, but there are {len(category_ids)} category ids; give "
+                    "one for every class"
+                )
+            code = encode(np.asfortranarray(mask == label, np.uint8))
+            entries.append(
+                {
+                    "image_id": image_id,
+                    "category_id": category_ids[label - 1],
+                    "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
+                    "score": 1.0,
+                }
+            )
+    write_atomically(Path(path), json.dumps(entries))
+    return len(entries)
 
 
 def boxes(heat: Tensor, threshold: float = 0.5) -> tuple[np.ndarray, np.ndarray]:

@@ -186,8 +186,8 @@ class LPCAMCallback(BasePredictionWriter):
             size: Height and width of the pictures.
 
         Returns:
-            ``(M, L, H', W')`` in 0..1 on the stride-4 grid; L counts the True labels of the whole
-            batch, picture by picture.
+            ``(M, L, H', W')`` in 0..1 on the stride-4 grid, double precision; L counts the True
+            labels of the whole batch, picture by picture.
         """
         present = labels.any(0).nonzero()[:, 0]
         if not len(present):
@@ -199,21 +199,21 @@ class LPCAMCallback(BasePredictionWriter):
 
     def _rectified(self, views: Tensor, present: Tensor) -> Tensor:
         """Maps of one scale after ReLU, for M heads and P classes: ``(M, B, P, h, w)``."""
+        # In single precision the last bits of a product, and of resizing, depend on how many maps
+        # are stacked, and with them which way a value is rounded on disk: a setting would not give
+        # the same file alone and in a sweep. MPS knows no double precision.
+        precise = torch.float32 if views.device.type == "mps" else torch.float64
         maps = []
         if self.plain:
             cam = class_activation_map(views.flatten(0, 1), self.weight.to(views)[present])
-            maps.append(cam.unflatten(0, views.shape[:2]).sum(0, keepdim=True))
+            maps.append(cam.unflatten(0, views.shape[:2]).sum(0, keepdim=True).to(precise))
         if self.fitted:
             summed = views.sum(0)
             if self.kept is not None:
                 summed = summed.half()
-            # In single precision the last bits of a product depend on how many directions are
-            # stacked, and with them which way a map is rounded on disk: a setting would not give
-            # the same file alone and in a sweep. MPS knows no double precision.
-            precise = torch.float32 if views.device.type == "mps" else torch.float64
             directions = self.directions.to(views.device, precise)[:, present]
             signed = local_prototype_map(summed.to(precise), directions.flatten(0, 1))
             signed = signed.unflatten(1, directions.shape[:2]).transpose(0, 1)
             offsets = self.offsets.to(signed)[:, None, None, None, None]
-            maps.append((signed + offsets).relu().to(views.dtype))
+            maps.append((signed + offsets).relu())
         return torch.cat(maps)

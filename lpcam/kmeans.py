@@ -6,6 +6,7 @@ own norm cannot change which centre is nearest, so an iteration is two matrix pr
 (N, k, D) temporary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +15,8 @@ from torch import Tensor
 
 from lpcam.errors import InputError
 
-# Elements up to which all rows are converted to single precision at once (1 GiB): converting
-# them chunk by chunk again in each iteration takes several times as long as the products.
-IN_MEMORY = 2**28
-# Rows that are converted and multiplied at a time.
-CHUNK = 16384
+# Rows that are converted to single precision and multiplied at a time: so few stay in the cache.
+CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def spherical_kmeans(
     own centre worst.
 
     Args:
-        x: Rows ``(N, D)``; half precision is converted, chunk by chunk if there are many.
+        x: Rows ``(N, D)``; half precision is converted chunk by chunk.
         k: Number of clusters.
         init: Initial centres ``(k, D)``; k-means++ when absent.
         seed: Seed of k-means++.
@@ -68,11 +66,13 @@ def spherical_kmeans(
         Centres and labels; the labels are those that the centres are the means of.
 
     Raises:
-        InputError: There are fewer non-zero rows than clusters.
+        InputError: There are fewer non-zero rows than clusters, or not one iteration.
     """
-    if x.numel() <= IN_MEMORY:
-        x = x.float()
-    norm = torch.cat([torch.linalg.vector_norm(c.float(), dim=1) for c in x.split(chunk_size)])
+    if max_iter < 1:
+        raise InputError(f"prototypes.max_iter={max_iter}: give a number above 0")
+    norm = x.new_empty(len(x), dtype=torch.float32)
+    for part, rows in single_precision(x, chunk_size):
+        norm[part] = torch.linalg.vector_norm(rows, dim=1)
     nonzero = norm > 0
     available = int(nonzero.sum())
     if not 1 <= k <= available:
@@ -95,6 +95,26 @@ def spherical_kmeans(
     return KMeansResult(centers, labels, n_iter, converged)
 
 
+def single_precision(x: Tensor, chunk_size: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:
+    """Go through rows in single precision, a chunk at a time.
+
+    All chunks are converted into one buffer. A new tensor for each would cost more than the
+    products with it, and between other allocations leave the heap full of holes.
+
+    Args:
+        x: Rows ``(N, D)``.
+        chunk_size: Rows at a time.
+
+    Yields:
+        Which rows, and their values ``(n, D)``, valid until the next chunk.
+    """
+    buffer = None if x.dtype == torch.float32 else x[:chunk_size].float()
+    for start in range(0, len(x), chunk_size):
+        part = slice(start, min(start + chunk_size, len(x)))
+        rows = x[part]
+        yield part, rows if buffer is None else buffer[: len(rows)].copy_(rows)
+
+
 def _step(
     x: Tensor, norm: Tensor, centers: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,23 +122,22 @@ def _step(
     unit = F.normalize(centers, dim=1).T
     clusters = torch.arange(len(centers), device=x.device)
     total, count = torch.zeros_like(centers), torch.zeros_like(centers[:, 0])
-    labels, cosine = [], []
-    for chunk, length in zip(x.split(chunk_size), norm.split(chunk_size), strict=True):
-        rows = chunk.float()
+    labels, cosine = norm.new_empty(len(x), dtype=torch.int64), torch.empty_like(norm)
+    for part, rows in single_precision(x, chunk_size):
         best = (rows @ unit).max(1)
-        labels.append(torch.where(length > 0, best.indices, -1))
-        cosine.append(best.values / length.clamp_min(1e-12))
-        member = (labels[-1][:, None] == clusters).float()
+        labels[part] = torch.where(norm[part] > 0, best.indices, -1)
+        cosine[part] = best.values / norm[part].clamp_min(1e-12)
+        member = (labels[part, None] == clusters).float()
         total += member.T @ rows
         count += member.sum(0)
-    return total / count.clamp_min(1)[:, None], torch.cat(labels), torch.cat(cosine)
+    return total / count.clamp_min(1)[:, None], labels, cosine
 
 
 def _plus_plus(x: Tensor, norm: Tensor, k: int, seed: int, chunk_size: int) -> Tensor:
     """k-means++ for this objective: rows are drawn with probability ``|x| (1 - best cosine)``."""
     generator = torch.Generator().manual_seed(seed)
     chosen: list[int] = []
-    distance = torch.ones_like(norm)
+    distance, cosine = torch.ones_like(norm), torch.empty_like(norm)
     for _ in range(k):
         mass = (norm * distance).double().cpu()
         mass[chosen] = 0
@@ -127,8 +146,9 @@ def _plus_plus(x: Tensor, norm: Tensor, k: int, seed: int, chunk_size: int) -> T
             mass[chosen] = 0
         chosen.append(int(torch.multinomial(mass, 1, generator=generator)))
         unit = F.normalize(x[chosen[-1]].float(), dim=0)
-        dot = torch.cat([chunk.float() @ unit for chunk in x.split(chunk_size)])
-        cosine = dot / norm.clamp_min(1e-12)
+        for part, rows in single_precision(x, chunk_size):
+            torch.mv(rows, unit, out=cosine[part])
+        cosine /= norm.clamp_min(1e-12)
         # Rounding may put a copy of the chosen row at a distance of 1e-7, never to be drawn.
         distance = torch.minimum(distance, torch.where(cosine > 1 - 1e-6, 0, 1 - cosine))
     return x[chosen].float()

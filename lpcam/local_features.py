@@ -121,32 +121,35 @@ def split_features(
 
 
 class _Rows:
-    """Rows that come in small parts. Joining them never holds more than one block of them twice."""
+    """Rows that come in small parts, copied into blocks so that no part stays in memory.
+
+    ``torch.cat`` of the parts would hold all rows twice, and many small allocations that live on
+    between short-lived ones leave the heap full of holes: together 1.2 GB for a class of VOC's.
+    """
 
     def __init__(self) -> None:
         self.blocks: list[Tensor] = []
-        self.parts: list[Tensor] = []
-        self.size = 0
+        self.free = 0
 
     def add(self, part: Tensor) -> None:
-        self.parts.append(part)
-        self.size += part.nbytes
-        if self.size >= BLOCK:
-            self._close()
-
-    def _close(self) -> None:
-        self.blocks.append(torch.cat(self.parts))
-        self.parts.clear()
-        self.size = 0
+        while len(part) or not self.blocks:
+            if not self.free:
+                self.free = max(1, BLOCK // (part.shape[1] * part.element_size()))
+                self.blocks.append(part.new_empty(self.free, *part.shape[1:]))
+            block, taken = self.blocks[-1], min(self.free, len(part))
+            start = len(block) - self.free
+            block[start : start + taken] = part[:taken]
+            self.free -= taken
+            part = part[taken:]
 
     def joined(self) -> Tensor:
-        """All rows in the order they came; the parts are gone after that."""
-        if self.parts:
-            self._close()
-        end = sum(map(len, self.blocks))
+        """All rows in the order they came. Each block is let go of as soon as it is copied."""
+        end = sum(map(len, self.blocks)) - self.free
         joined = self.blocks[0].new_empty(end, *self.blocks[0].shape[1:])
         while self.blocks:
             block = self.blocks.pop()
-            joined[end - len(block) : end] = block
-            end -= len(block)
+            own = block[: len(block) - self.free]
+            joined[end - len(own) : end] = own
+            end -= len(own)
+            self.free = 0
         return joined

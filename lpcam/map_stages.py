@@ -32,7 +32,7 @@ from lpcam.pipeline import MakeTrainer, predict, tensor_digest
 from lpcam.prototypes import Prototypes
 from lpcam.refiners.base import Refiner, TrainedRefiner
 from lpcam.seeds import load_seed, save_seed
-from lpcam.store import Stage, is_main_process
+from lpcam.store import Stage, digest, is_main_process
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,14 @@ def maps(
                 heads.append(MapHead(folder, setting.directions, setting.offset))
         if not heads:
             return stages
-        if views.done and all(head.directions is not None for head in heads):
-            if is_main_process():
-                _maps_from_kept(views, classifier, pictures, heads, eps)
-            return stages
         kept = None
         if views.done or _feature_bytes(classifier, pictures, scales) <= keep_features * 1e9:
+            # Where another process is making them this waits, and finds them done.
             kept = stack.enter_context(views.build(resume=True)) or views.folder
+            if kept == views.folder and all(head.directions is not None for head in heads):
+                if is_main_process():
+                    _maps_from_kept(views, classifier, pictures, heads, eps)
+                return stages
         folders = [head.folder for head in heads] + ([kept] if kept else [])
         predict(
             make_trainer,
@@ -187,12 +188,13 @@ def scores(
     results: dict[str, dict[str, SegmentationResult]] = {name: {} for name in maps}
     for split in dataset.map_splits:
         pictures = dataset.pictures(split)
-        masks = [digest for p in pictures if (digest := dataset.mask_digest(p))]
+        masks = [mask for p in pictures if (mask := dataset.mask_digest(p))]
         if not masks:
             continue
         found = {own[split].key: own[split] for own in maps.values()}
         stages = {
-            key: Stage(store, "scores", {"maps": key, "masks": masks, "bins": 100}) for key in found
+            key: Stage(store, "scores", {"maps": key, "masks": digest(masks), "bins": 100})
+            for key in found
         }
         _score(stages, found, dataset, pictures)
         for name, own in maps.items():

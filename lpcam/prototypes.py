@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lpcam.errors import InputError
-from lpcam.kmeans import CHUNK, spherical_kmeans
+from lpcam.kmeans import CHUNK, single_precision, spherical_kmeans
 from lpcam.local_features import LocalFeatures, choose_pictures, split_features
 from lpcam.prototype_head import transform
 from lpcam.prototype_set import SIDES, Prototypes
@@ -68,7 +68,7 @@ def cluster(
     """
     start = None
     if init == "random":
-        candidates = features.rows.any(1).nonzero()[:, 0]
+        candidates = _with_direction(features.rows).nonzero()[:, 0]
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(candidates), generator=generator)[:k]
         start = features.rows[candidates[order]]
@@ -90,14 +90,19 @@ def cluster(
     return result.centers, counts, places
 
 
+def _with_direction(rows: Tensor) -> Tensor:
+    """Which rows are not zero ``(N,)``; all at once would take a byte for each number."""
+    return torch.cat([chunk.any(1) for chunk in rows.split(CHUNK)])
+
+
 def _own_cosine(rows: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
-    """Cosine ``(N,)`` of each row to the centre of its cluster, in chunks that memory can take."""
+    """Cosine ``(N,)`` of each row to the centre of its cluster."""
     unit = F.normalize(centers, dim=1).T
-    cosine = [
-        (F.normalize(chunk.float(), dim=1) @ unit).gather(1, own.clamp_min(0)[:, None])[:, 0]
-        for chunk, own in zip(rows.split(CHUNK), labels.split(CHUNK), strict=True)
-    ]
-    return torch.cat(cosine)
+    cosine = centers.new_empty(len(rows))
+    for part, own in single_precision(rows):
+        product = (own @ unit).gather(1, labels[part, None].clamp_min(0))[:, 0]
+        cosine[part] = product / torch.linalg.vector_norm(own, dim=1).clamp_min(1e-12)
+    return cosine
 
 
 def fit_centers(
@@ -165,7 +170,7 @@ def fit_centers(
             None if read_cam is None else lambda index: read_cam(index, c),
         )
         for side, features in enumerate(sides):
-            n = min(k, int(features.rows.any(1).sum())) if allow_missing else k
+            n = min(k, int(_with_direction(features.rows).sum())) if allow_missing else k
             if allow_missing and n == 0:
                 continue
             try:

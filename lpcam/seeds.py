@@ -1,14 +1,15 @@
 """The seed record, the one format that every producer and consumer of maps shares.
 
 ``<id>.npz`` holds ``keys`` (L,) int64, the class indices, ``maps`` (L, h, w) float16 in 0..1 on the
-stride-4 grid, and ``size`` (2,) int64, the picture's height and width. Never pickled.
+stride-4 grid, refined ones on any, and ``size`` (2,) int64, the picture's height and width. Never
+pickled. ``np.load`` reads it.
 """
 
 import io
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import ZIP_BZIP2, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from lpcam.store import write_atomically
 
 # Everything that numpy raises on a missing, cut or overwritten .npz file.
 DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zlib.error, BadZipFile)
+# Maps are stored in multiples of this, at most 0.001 off: a tenth of the step between the
+# thresholds that they are scored at. The digits below are noise, and noise does not compress.
+STEP = 2**-9
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Seed:
 
     Attributes:
         keys: Class indices ``(L,)``, int64.
-        maps: Maps in 0..1 ``(L, h, w)`` at a quarter of the picture's resolution.
+        maps: Maps in 0..1 ``(L, h, w)``: at a quarter of the picture's resolution, or at any other
+            when they are refined.
         size: The picture's height and width in pixels.
     """
 
@@ -51,14 +56,21 @@ def grid_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def save_seed(path: Path, seed: Seed) -> None:
-    """Write a seed record."""
+    """Write a seed record, its maps rounded to multiples of :data:`STEP`."""
+    arrays: dict[str, np.ndarray] = {
+        "keys": seed.keys.astype(np.int64),
+        "maps": (np.round(seed.maps.astype(np.float32) / STEP) * STEP).astype(np.float16),
+        "size": np.array(seed.size, np.int64),
+    }
     buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        keys=seed.keys.astype(np.int64),
-        maps=seed.maps.astype(np.float16),
-        size=np.array(seed.size, np.int64),
-    )
+    with ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            entry = ZipInfo(f"{name}.npy")  # of a fixed date: equal maps make equal files
+            # np.savez_compressed knows deflate only, which finds strings of bytes that come again;
+            # numbers of two bytes bzip2 makes a third smaller.
+            entry.compress_type = ZIP_BZIP2 if name == "maps" else ZIP_STORED
+            with archive.open(entry, "w") as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
     write_atomically(path, buffer.getvalue())
 
 
@@ -92,6 +104,42 @@ def seed_mask(maps: Tensor, keys: np.ndarray, background: float) -> np.ndarray:
     score, best = maps.max(0)
     labels = torch.as_tensor(keys + 1, dtype=torch.uint8)[best]
     return torch.where(score > background, labels, 0).numpy()
+
+
+def mark_unsure(mask: np.ndarray, maps: Tensor, background: float, band: float) -> np.ndarray:
+    """Set pixels of a mask to 255 where the strongest score is close to the background score.
+
+    Args:
+        mask: Mask ``(H, W)`` from :func:`seed_mask`.
+        maps: The maps ``(L, H, W)`` it was made from.
+        background: The background score it was made with.
+        band: How far from it a score has to be to count as sure; 0 marks nothing.
+
+    Returns:
+        A new mask ``(H, W)`` uint8.
+    """
+    if not len(maps):
+        return mask
+    sure = (maps.amax(0) - background).abs().numpy() >= band
+    return np.where(sure, mask, 255).astype(np.uint8)
+
+
+def scores_of_labels(maps: Tensor, labels: Tensor) -> Tensor:
+    """Scores whose mask at background 0.5 is given: for rules that decide labels, not scores.
+
+    Each map is halved, and the map of a pixel's label lifted by 0.5, so that a sweep over other
+    thresholds still tells strong from weak. The label holds in float16, as records are stored.
+
+    Args:
+        maps: Maps in 0..1 ``(L, H, W)``.
+        labels: ``(H, W)``, integers: 0 background, place among the L maps + 1 elsewhere.
+
+    Returns:
+        Scores ``(L, H, W)`` in 0..1.
+    """
+    wins = torch.arange(1, len(maps) + 1)[:, None, None] == labels
+    # Above 0.5, float16 goes in steps of 2^-11.
+    return torch.where(wins, 0.5 + (maps / 2).clamp_min(2**-11), maps / 2)
 
 
 def palette() -> list[int]:

@@ -6,17 +6,22 @@ complete. A lock file beside it keeps two processes from computing the same thin
 system releases the lock when a process dies.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 
 def digest(value: Any) -> str:
@@ -116,3 +121,105 @@ class Stage:
             manifest = {"stage": self.name, "inputs": self.inputs, "seconds": self.seconds}
             write_atomically(self._partial / "manifest.json", json.dumps(manifest, indent=1))
             self._partial.rename(self.folder)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def results(root: Path) -> list[dict[str, Any]]:
+    """What lies in a store, the largest first.
+
+    Args:
+        root: The store's folder.
+
+    Returns:
+        For each result its ``folder``, ``stage``, ``bytes``, ``age`` in days, ``inputs``, and
+        whether it is ``whole``; inputs of a result that is not are empty.
+    """
+    found = []
+    for folder in root.glob("*/*/"):
+        manifest = folder / "manifest.json"
+        whole = manifest.is_file() and folder.suffix != ".partial"
+        found.append(
+            {
+                "folder": folder,
+                "stage": folder.parent.name,
+                "bytes": _size(folder),
+                "age": (time.time() - folder.stat().st_mtime) / 86400,
+                "inputs": json.loads(manifest.read_text())["inputs"] if whole else {},
+                "whole": whole,
+            }
+        )
+    return sorted(found, key=lambda result: -result["bytes"])
+
+
+def prune(root: Path, *, stage: str | None = None, days: float = 0, partial: bool = False) -> int:
+    """Delete results; a run that needs one makes it again.
+
+    Args:
+        root: The store's folder.
+        stage: Only results of this kind.
+        days: Only what has lain there for at least so many days.
+        partial: Only what was never finished.
+
+    Returns:
+        Bytes that were freed.
+    """
+    freed = 0
+    for result in results(root):
+        folder = result["folder"]
+        if result["age"] < days or stage not in (None, result["stage"]):
+            continue
+        if partial and result["whole"]:
+            continue
+        with FileLock(folder.parent / f"{folder.stem}.lock"):
+            shutil.rmtree(folder)
+        freed += result["bytes"]
+    return freed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m lpcam.store list|prune``: what the store holds, and what may go.
+
+    Args:
+        arguments: Those after the program's name; the process's own by default.
+
+    Returns:
+        Exit status.
+    """
+    parser = argparse.ArgumentParser("python -m lpcam.store", description=main.__doc__)
+    parser.add_argument("command", choices=("list", "prune"))
+    parser.add_argument("--root", type=Path, default=Path("store"), help="the store's folder")
+    parser.add_argument("--stage", help="only results of this kind, such as views")
+    parser.add_argument("--days", type=float, default=0, help="prune: only what is so old")
+    parser.add_argument("--partial", action="store_true", help="prune: only unfinished results")
+    options = parser.parse_args(arguments)
+    if not options.root.is_dir():
+        print(f"error: {options.root}: no such store; give --root", file=sys.stderr)
+        return 1
+    if options.command == "prune":
+        freed = prune(options.root, stage=options.stage, days=options.days, partial=options.partial)
+        print(f"{freed / 1e6:.1f} MB freed")
+        return 0
+    table = Table("stage", "key", "made from")
+    for heading in ("MB", "days"):
+        table.add_column(heading, justify="right")
+    shown = [r for r in results(options.root) if options.stage in (None, r["stage"])]
+    for result in shown:
+        inputs = ", ".join(f"{key}={value}" for key, value in result["inputs"].items())
+        table.add_row(
+            result["stage"],
+            result["folder"].name,
+            escape(inputs if len(inputs) < 200 else f"{inputs[:197]}..."),
+            f"{result['bytes'] / 1e6:.1f}",
+            f"{result['age']:.1f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{len(shown)} results, {sum(r['bytes'] for r in shown) / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

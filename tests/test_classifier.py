@@ -232,6 +232,21 @@ def test_frozen_backbone_never_changes(
     assert changed == ["head.weight"]
 
 
+def test_a_frozen_stem_never_changes(backbone: Backbone) -> None:
+    classifier = Classifier(backbone, CLASSES, lr=0.1, freeze_stem=True)
+    before = {name: value.clone() for name, value in classifier.named_parameters()}
+    pictures = TensorDataset(torch.randn(4, 3, 32, 32), torch.ones(4, CLASSES))
+    make_trainer(epochs=1).fit(classifier, DataLoader(pictures, batch_size=2))
+    same = {
+        name
+        for name, value in classifier.named_parameters()
+        if torch.equal(before[name], value) and ".fc." not in name  # timm's own head has no part
+    }
+    first = [name for name, _ in backbone.network.named_parameters()][:3]
+    assert same == {f"backbone.network.{name}" for name in first}
+    assert before[f"backbone.network.{first[0]}"].ndim == 4
+
+
 def test_unknown_optimizer_is_refused(backbone: Backbone) -> None:
     with pytest.raises(InputError, match=r"^classifier\.optimizer=lion: .*sgd.*adamw$"):
         Classifier(backbone, CLASSES, optimizer="lion")

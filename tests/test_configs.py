@@ -24,8 +24,8 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def hydra_at_conf() -> Iterator[None]:
-    OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
+def hydra_at_conf(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("LPCAM_PROJECT", str(ROOT))
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield

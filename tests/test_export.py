@@ -10,8 +10,17 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from lpcam import LPCAM
+from lpcam.data.coco import CATEGORY_IDS, CLASSES
 from lpcam.errors import InputError
-from lpcam.export import MapModel, boxes, export_onnx, export_program, save_masks
+from lpcam.export import (
+    MapModel,
+    boxes,
+    export_coco,
+    export_onnx,
+    export_program,
+    save_masks,
+)
+from lpcam.seeds import save_mask
 
 OPTIONS = {
     "resnet18": {},
@@ -149,3 +158,54 @@ def test_boxes_are_those_of_the_connected_parts(heat: np.ndarray) -> None:
     areas = [wanted[box][0] for box in keys]
     assert areas == sorted(areas, reverse=True)
     np.testing.assert_allclose(scores, [wanted[box][1] for box in keys], rtol=1e-5)
+
+
+def test_coco_results_are_read_by_cocos_own_tools(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coco = pytest.importorskip("pycocotools.coco", reason="needs the extra 'coco'")
+    masks = {
+        "COCO_train2014_000000000042": np.array([[0, 1, 1], [3, 255, 1]], np.uint8),
+        "000000000007": np.zeros((4, 5), np.uint8),
+    }
+    (tmp_path / "masks").mkdir()
+    for name, mask in masks.items():
+        save_mask(tmp_path / "masks" / f"{name}.png", mask)
+
+    assert export_coco(tmp_path / "masks", tmp_path / "r.json", CATEGORY_IDS) == 2
+
+    index = coco.COCO()
+    index.dataset = {
+        "images": [{"id": 42, "height": 2, "width": 3}, {"id": 7, "height": 4, "width": 5}],
+        "categories": [{"id": category} for category in CATEGORY_IDS],
+    }
+    index.createIndex()
+    results = index.loadRes(str(tmp_path / "r.json"))
+    found = {
+        a["category_id"]: results.annToMask(a).tolist() for a in results.dataset["annotations"]
+    }
+    assert found == {1: [[0, 1, 1], [0, 0, 1]], 3: [[0, 0, 0], [1, 0, 0]]}
+    assert {a["image_id"] for a in results.dataset["annotations"]} == {42}
+
+
+def test_the_80_category_ids() -> None:
+    assert len(CATEGORY_IDS) == len(CLASSES)
+    known = {"person": 1, "stop sign": 13, "dining table": 67, "toilet": 70, "toothbrush": 90}
+    assert {name: CATEGORY_IDS[CLASSES.index(name)] for name in known} == known
+
+
+def test_what_cannot_be_coco_results_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools", reason="needs the extra 'coco'")
+    with pytest.raises(InputError, match="holds no mask"):
+        export_coco(tmp_path, tmp_path / "r.json", [1])
+    save_mask(tmp_path / "a_1.png", np.full((2, 2), 2, np.uint8))
+    with pytest.raises(InputError, match=r"a_1\.png: holds 2, but there are 1 category ids"):
+        export_coco(tmp_path, tmp_path / "r.json", [1])
+    save_mask(tmp_path / "b_1.png", np.zeros((2, 2), np.uint8))
+    with pytest.raises(InputError, match=r"b_1\.png: image id 1, which is also that of a_1\.png"):
+        export_coco(tmp_path, tmp_path / "r.json", [1, 2])
+    Image.new("RGB", (2, 2)).save(tmp_path / "b_1.png")
+    (tmp_path / "a_1.png").unlink()
+    with pytest.raises(InputError, match=r"b_1\.png: mask of mode RGB"):
+        export_coco(tmp_path, tmp_path / "r.json", [1, 2])
+    assert not (tmp_path / "r.json").exists()

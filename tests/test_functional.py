@@ -115,13 +115,16 @@ def test_normalize_maps(values: np.ndarray, eps: float) -> None:
         if eps or theirs.max() > 0:
             expected = activation.normalize_map(theirs, eps)
             np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-30)
+        else:
+            assert not ours.any()
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
 @pytest.mark.parametrize("value", [0.0, -0.0, -3.0])
-def test_a_map_without_positive_values_stays_zero(value: float) -> None:
+def test_a_map_without_positive_values_stays_zero(value: float, eps: float) -> None:
     maps = torch.full((2, 3, 4), value)
     maps[1] = torch.arange(12.0).view(3, 4)
-    normalized = normalize_maps(maps)
+    normalized = normalize_maps(maps, eps)
     assert (normalized[0] == 0).all()
     assert normalized[1].max() == pytest.approx(1, abs=1e-5)
 

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from lpcam.backbones import build_backbone
 from lpcam.classifier import Classifier
 from lpcam.data.dataset import Picture
 from lpcam.data.loaders import view_loader
-from lpcam.inference import FeatureCallback, LPCAMCallback, MapHead
+from lpcam.functional import local_prototype_map, prototype_directions
+from lpcam.inference import FeatureCallback, LPCAMCallback, MapHead, sampled_cam
 from lpcam.prototypes import Prototypes
 from tests.oracles import multiscale
 
@@ -106,6 +108,31 @@ def test_scales_are_added_before_the_division() -> None:
     np.testing.assert_allclose(maps[0, 0].numpy(), [[3 / (4 + 1e-5), 4 / (4 + 1e-5)]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("size", [(37, 50), (48, 80), (33, 1)])
+def test_sampled_cam_equals_the_slow_loops(size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(18)
+    grids = [(-(-size[0] // cell), -(-size[1] // cell)) for cell in (16, 32, 8)]
+    features = [torch.randn(2, CHANNELS, *grid, generator=generator) for grid in grids]
+    weight = torch.randn(3, CHANNELS, generator=generator)
+
+    found = sampled_cam(features, weight, size)
+
+    assert found.shape == (3, *grids[0])
+    scales = [views.double().numpy() for views in features]
+    for ours, row in zip(found.numpy(), weight.double().numpy(), strict=True):
+        expected = multiscale.sampled_plain_map(scales, row, size)
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
+    assert sampled_cam(features, weight[:0], size).shape == (0, *grids[0])
+
+
+def test_sampled_cam_reads_corners_of_the_full_size_map() -> None:
+    # One scale, one view: the map rises from 1 to 3 between the centres of two cells.
+    features = [torch.tensor([1.0, 3.0]).view(1, 1, 1, 2)]
+    found = sampled_cam(features, torch.ones(1, 1), (16, 32))[0, 0]
+    # Pixel 16 lies 8.5 pixels after the first centre, of 16; a mean of its cell would be 2.7 or so.
+    torch.testing.assert_close(found, torch.tensor([1.0, 1 + 2 * 8.5 / 16]) / (3 + 1e-5))
+
+
 def test_heads_together_equal_heads_alone() -> None:
     case = random_case(12)
     kinds = ["cam", "both", "context", "class"]
@@ -158,11 +185,13 @@ class Scene:
     classifier: Classifier
     folder: Path
 
-    def predict(self, *callbacks: pl.Callback, batch_size: int = 3) -> None:
+    def predict(
+        self, *callbacks: pl.Callback, batch_size: int = 3, scales: Sequence[float] = (0.5, 1.0)
+    ) -> None:
         loader = view_loader(
             self.pictures,
             CLASSES,
-            scales=[0.5, 1.0],
+            scales=scales,
             flip=True,
             mean=self.classifier.backbone.mean,
             std=self.classifier.backbone.std,
@@ -265,6 +294,47 @@ def test_a_picture_without_labels_alone_in_its_batch(scene: Scene) -> None:
     assert found["keys"].shape == (0,)
     assert found["maps"].shape == (0, 16, 20)
     assert found["size"].tolist() == [64, 80]
+
+
+def test_without_eps_the_maximum_is_one() -> None:
+    case = random_case(19)
+    heads = [case.head(kind) for kind in ("cam", "both")]
+    maps = LPCAMCallback(case.weight, heads, eps=0).maps(case.features, LABELS, SIZE)
+    assert (maps.amax((2, 3)) == 1).all()
+    zero = [torch.zeros_like(views) for views in case.features]
+    assert not LPCAMCallback(case.weight, heads, eps=0).maps(zero, LABELS, SIZE).any()
+
+
+def test_without_context_positive_features_need_no_relu() -> None:
+    """The published code leaves it out there; features after a ReLU make no negative cosine."""
+    case = random_case(20)
+    features = [views.abs() for views in case.features]
+    own = [prototypes.abs() for prototypes in case.prototypes.own]
+    directions = prototype_directions(own, [vectors[:0] for vectors in own])
+    for views in features:
+        assert (local_prototype_map(views.sum(0), directions) >= 0).all()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_feature_files_with_the_sampled_cam(scene: Scene, size: int) -> None:
+    folder = scene.make("features")
+    weight = scene.classifier.weight
+    scene.predict(
+        FeatureCallback(folder, local=True, cam_weight=weight), batch_size=size, scales=[1.0, 0.5]
+    )
+    for picture in scene.pictures:
+        found = load(folder / f"{picture.id}.npz")
+        half, whole = (views[:, 0].double().numpy() for views in scene.features(picture))
+        assert found["cam"].dtype == np.float32
+        assert found["cam"].shape == (len(picture.labels or ()), *found["local"].shape[:2])
+        np.testing.assert_allclose(
+            found["local"].transpose(2, 0, 1), whole[0], rtol=2e-3, atol=1e-3
+        )
+        for label, cam in zip(picture.labels or (), found["cam"], strict=True):
+            expected = multiscale.sampled_plain_map(
+                [whole, half], weight[label].double().numpy(), Image.open(picture.path).size[::-1]
+            )
+            np.testing.assert_allclose(cam, expected, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("local", [True, False])

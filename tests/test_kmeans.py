@@ -63,6 +63,11 @@ def test_by_hand() -> None:
     assert result.converged
 
 
+def test_without_an_iteration_there_is_no_result() -> None:
+    with pytest.raises(InputError, match=r"^prototypes\.max_iter=0: give a number above 0$"):
+        spherical_kmeans(torch.eye(3), 2, max_iter=0)
+
+
 def test_stops_by_the_square_of_the_summed_movement() -> None:
     x = torch.tensor([[4.0, 0.0], [0.0, 4.0]])
     init = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # both centres move by 3: (3 + 3)^2 = 36

@@ -137,6 +137,40 @@ def test_one_kind_of_prototype_alone(program, own: Path, use: str) -> None:
     assert all(float(one.max()) > 0.9 for picture in maps for one in picture)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["refiner=par", "refiner.source=cam"],
+        ["refiner=irn", "refiner.epochs=1", "refiner.crop=96"],
+        ["refiner=psa", "refiner.epochs=1", "refiner.crop=96"],
+    ],
+    ids=lambda options: options[0].split("=")[1],
+)
+def test_a_refiner_makes_scores_and_the_masks(program, own: Path, options: list[str]) -> None:
+    outcome = program("infer", *TINY, *TINY_INFER, *options, "report=false", *at(own))
+    assert outcome.status == 0, outcome.stderr
+    values = metrics(own, "run")
+    assert {f"{split}/refined/miou" for split in ("train", "val")} <= values.keys()
+    (stage, *_) = own.glob("store/refined/*/val_00000.npz")
+    assert stage.is_file()
+    with np.load(own / "run" / "maps" / "val_00000.npz") as seed:
+        assert seed["maps"].shape[1:] == tuple((side - 1) // 4 + 1 for side in seed["size"])
+    assert len(list((own / "run" / "masks").iterdir())) == 24
+
+
+def test_a_refiner_that_lacks_its_files_says_so(program, own: Path) -> None:
+    missing = ["refiner=sam", f"refiner.folder={own / 'nowhere'}"]
+    outcome = program("infer", *TINY, *TINY_INFER, *missing, *at(own))
+    assert_one_line(outcome, "nowhere")
+
+
+def test_a_finished_run_is_not_repeated(program, own: Path) -> None:
+    run = (*TINY, *TINY_INFER, "report=false", *at(own))
+    assert "Already done" not in program("infer", *run).stdout
+    assert "Already done" in program("infer", *run).stdout
+    assert "Already done" not in program("infer", *run, "thresholds.seed_background=0.3").stdout
+
+
 def test_killed_training_goes_on_from_its_checkpoint(program, tmp_path: Path) -> None:
     long = ("classifier.epochs=200", "classifier.validate_every=2", "classifier.batch_size=8")
     command = [sys.executable, "train.py", *TINY, *long, *at(tmp_path, "killed")]

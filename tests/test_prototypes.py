@@ -181,6 +181,70 @@ def test_seed_of_the_clustering() -> None:
     assert not torch.allclose(fit(album, seed=1).centers, fit(album, seed=2).centers)
 
 
+def orthogonal(foreground: int, zeros: int = 0) -> Centers:
+    """Two clusters after one step from a random start, for each of 40 seeds, stacked."""
+    length = foreground + zeros + 1
+    local = np.eye(length, dtype=np.float16)[: foreground + zeros]
+    local[foreground:] = 0
+    album = Album([local[None]], np.ones((1, 1), np.float32), torch.ones(1, length))
+    options = {"k": 2, "tau": -1.0, "init": "random", "max_iter": 1, "allow_missing": True}
+    found = [
+        fit_centers(album.read, album.labels, album.weight, ["thing"], seed=seed, **options)
+        for seed in range(40)
+    ]
+    return Centers(*(torch.stack([getattr(f, n)[0, 0] for f in found]) for n in vars(found[0])))
+
+
+def test_random_start() -> None:
+    # A feature that is orthogonal to both goes to the first: the second is where it started.
+    found = orthogonal(8)
+    assert (found.counts == torch.tensor([7, 1])).all()
+    starts = [tuple(centre) for centre in found.centers[:, 1].tolist()]
+    assert set(starts) == {tuple(row) for row in np.eye(9)[:8]}
+    with pytest.raises(InputError, match=r"init=first: unknown; choose k-means\+\+ or random$"):
+        fit(random_album(25), init="first")
+
+
+def test_a_random_start_avoids_zero_features() -> None:
+    assert (orthogonal(2, zeros=6).counts == 1).all()
+
+
+def test_tolerance_stops_the_clustering() -> None:
+    album = random_album(25)
+    one = fit(album, max_iter=1).centers
+    assert torch.equal(fit(album, tol=1e9).centers, one)
+    assert not torch.equal(fit(album).centers, one)
+
+
+def test_chosen_pictures_count_as_often_as_they_are_chosen() -> None:
+    album = random_album(25)
+    chosen = [[3, 3, 5], [2, 4, 6], [0, 2, 2]]
+    fitted = fit(album, chosen=chosen)
+    for c, pictures in enumerate(chosen):
+        positions = sum(album.locals[index][..., 0].size for index in pictures)
+        assert int(fitted.counts[c].sum()) == positions
+        assert set(fitted.nearest[c, ..., 0].flatten().tolist()) <= {-1, *pictures}
+
+
+def test_a_class_is_split_by_its_own_given_cam() -> None:
+    album = random_album(25)
+
+    def read_cam(index: int, class_index: int) -> np.ndarray:
+        cam = np.full(album.locals[index].shape[:2], 0.8, np.float32)
+        cam[0] = 0.1 * class_index
+        return cam
+
+    fitted = fit(album, read_cam=read_cam, tau=0.2, k=1, allow_missing=True)
+    for c in range(3):
+        pictures = [album.locals[i] for i in np.flatnonzero(album.labels[:, c])]
+        first_rows = sum(picture.shape[1] for picture in pictures)
+        assert (
+            fitted.counts[c, 0, 0] == sum(picture[..., 0].size for picture in pictures) - first_rows
+        )
+        # The third class's first rows have a CAM of exactly tau: they are on neither side.
+        assert fitted.counts[c, 1, 0] == (0 if c == 2 else first_rows)
+
+
 def test_a_class_without_pictures_is_refused() -> None:
     album = random_album(26)
     album.labels[:, 1] = 0
@@ -321,6 +385,15 @@ def test_a_class_of_which_none_passes_keeps_its_best() -> None:
     assert "\n" not in str(warning.message)
     assert [own for own, _ in chosen.indices] == [[1], [0, 1]]
     assert chosen.own[0].tolist() == [[1.0]]
+
+
+def test_no_passing_prototype_may_be_an_error() -> None:
+    centers = by_score([[-3, 1, 0], [-3, -2, -1]], [[-1, -1, -1], [1, 1, 1]])
+    limits = {"class_minimum": 0.75, "context_maximum": 0.5}
+    with pytest.raises(InputError, match=r"^class 'cat': .* 0\.75, the best one 0\.731; .*=best$"):
+        select(centers, AXIS, TWO, fallback="error", **limits)
+    with pytest.raises(InputError, match=r"^prototypes\.fallback=none: .*best or error$"):
+        select(centers, AXIS, TWO, fallback="none", **limits)
 
 
 def test_the_best_is_one_of_the_clusters_there_are() -> None:

@@ -2,6 +2,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import imgviz
 import numpy as np
 import pytest
 import torch
@@ -10,8 +11,23 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+from lpcam.backbones import build_backbone
+from lpcam.data.transforms import normalize, rescale
 from lpcam.errors import InputError
-from lpcam.seeds import Seed, grid_size, load_seed, palette, save_mask, save_seed, seed_mask
+from lpcam.functional import prototype_directions
+from lpcam.inference import LPCAMCallback, MapHead
+from lpcam.seeds import (
+    STEP,
+    Seed,
+    grid_size,
+    load_seed,
+    mark_unsure,
+    palette,
+    save_mask,
+    save_seed,
+    scores_of_labels,
+    seed_mask,
+)
 from tests.oracles.interpolation import bilinear
 from tests.oracles.segmentation import seed_mask as slow_seed_mask
 
@@ -36,8 +52,8 @@ def test_round_trip(tmp_path: Path, classes: int) -> None:
     loaded = load_seed(tmp_path / "a.npz")
 
     np.testing.assert_array_equal(loaded.keys, seed.keys)
-    # float16 has 11 significant bits: half a step is 2^-12 just below 1.
-    np.testing.assert_allclose(loaded.maps, seed.maps, rtol=0, atol=2**-12)
+    np.testing.assert_allclose(loaded.maps, seed.maps, rtol=0, atol=STEP / 2)
+    assert not (loaded.maps.astype(np.float64) % STEP).any()  # float16 holds every multiple
     assert loaded.size == seed.size
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
@@ -49,6 +65,38 @@ def test_format(record: Path) -> None:
             "maps": (np.float16, (2, 5, 7)),
             "size": (np.int64, (2,)),
         }
+
+
+def test_equal_maps_make_equal_files(record: Path) -> None:
+    content = record.read_bytes()
+    save_seed(record, load_seed(record))
+    assert record.read_bytes() == content
+
+
+def test_disk(tmp_path: Path) -> None:
+    """Each map of a VOC photo by ImageNet features takes 12 KB at most, alone in its file."""
+    photo = Image.open(Path(imgviz.__file__).parent / "data" / "voc" / "rgb.jpg")
+    assert photo.size == (500, 375)
+    backbone = build_backbone("efficientnet_lite0").eval()
+    features = []
+    with torch.inference_mode():
+        for scale in (0.5, 1.0, 1.5, 2.0):
+            view = normalize(rescale(photo, scale), backbone.mean, backbone.std)
+            features.append(backbone(view[None])[None])
+    weight = backbone.network.classifier.weight.detach()[::50]
+    rows = features[1][0, 0].flatten(1).T[::19, None]
+    directions = prototype_directions(list(rows[:20]), list(rows[20:40]))
+    heads = [MapHead(tmp_path, None), MapHead(tmp_path, directions)]
+    labels = torch.ones(1, len(weight)).bool()
+    maps = LPCAMCallback(weight, heads).maps(features, labels, (375, 500))
+    assert maps.shape == (2, 20, 94, 125)
+    sizes = []
+    for one in maps.flatten(0, 1):
+        save_seed(tmp_path / "a.npz", Seed(np.array([3]), one[None].numpy(), (375, 500)))
+        sizes.append((tmp_path / "a.npz").stat().st_size)
+        error = load_seed(tmp_path / "a.npz").maps[0] - one.numpy()
+        assert np.abs(error).max() <= STEP / 2
+    assert max(sizes) <= 12000
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -178,3 +226,26 @@ def test_mask_file_keeps_labels_and_shows_colours(tmp_path: Path) -> None:
         assert image.mode == "P"
         np.testing.assert_array_equal(np.asarray(image), mask)
         assert image.convert("RGB").getpixel((2, 0)) == (192, 128, 128)
+
+
+def test_scores_near_the_background_are_unsure() -> None:
+    maps = torch.tensor([[[0.0, 0.375, 0.5, 0.75]], [[0.25, 0.0, 0.625, 0.0]]])
+    keys = np.array([2, 4])
+    mask = seed_mask(maps, keys, 0.5)
+
+    assert mask.tolist() == [[0, 0, 5, 3]]
+    assert mark_unsure(mask, maps, 0.5, 0.25).tolist() == [[0, 255, 255, 3]]
+    assert mark_unsure(mask, maps, 0.5, 0).tolist() == mask.tolist()
+    assert mark_unsure(mask, maps[:0], 0.5, 0.25).tolist() == mask.tolist()
+
+
+@given(
+    maps=hnp.arrays(np.float32, (3, 4, 5), elements=st.floats(0, 1, width=32)),
+    labels=hnp.arrays(np.int64, (4, 5), elements=st.integers(0, 3)),
+)
+def test_decided_labels_survive_a_record(maps: np.ndarray, labels: np.ndarray) -> None:
+    scores = scores_of_labels(torch.from_numpy(maps), torch.from_numpy(labels)).half()
+
+    assert scores.min() >= 0
+    assert scores.max() <= 1
+    assert seed_mask(scores.float(), np.arange(3), 0.5).tolist() == labels.tolist()

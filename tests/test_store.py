@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lpcam
-from lpcam.store import Stage, digest, file_digest, is_main_process, write_atomically
+from lpcam.store import Stage, digest, file_digest, is_main_process, main, write_atomically
 
 INPUTS = {"k": 12, "tau": 0.1, "upstream": "3f2a", "scales": [1.0, 0.5], "select": {"mu_f": 0.9}}
 
@@ -234,3 +234,32 @@ def test_file_digest(tmp_path: Path) -> None:
     path = tmp_path / "abc"
     path.write_bytes(b"abc")
     assert file_digest(path) == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_store_lists_what_it_holds_and_frees_it(tmp_path: Path, capsys) -> None:
+    for name, k, size in (("maps", 4, 3_000_000), ("maps", 8, 1_000_000), ("scores", 4, 0)):
+        with Stage(tmp_path, name, {"k": k}).build() as folder:
+            assert folder is not None
+            (folder / "data").write_bytes(bytes(size))
+    (tmp_path / "maps" / "beef.partial").mkdir()
+    (tmp_path / "maps" / "beef.partial" / "data").write_bytes(bytes(500_000))
+    root = ["--root", str(tmp_path)]
+
+    assert main(["list", *root]) == 0
+    printed = capsys.readouterr().out
+    assert "k=8" in printed
+    assert "4 results, 4.5 MB" in printed
+
+    assert main(["prune", "--partial", *root]) == 0
+    assert "0.5 MB freed" in capsys.readouterr().out
+    assert main(["prune", "--days", "1", *root]) == 0
+    assert "0.0 MB freed" in capsys.readouterr().out
+    assert main(["prune", "--stage", "maps", *root]) == 0
+    assert "4.0 MB freed" in capsys.readouterr().out
+    assert Stage(tmp_path, "scores", {"k": 4}).done
+    assert not Stage(tmp_path, "maps", {"k": 4}).done
+
+
+def test_a_store_that_is_not_there_is_named(tmp_path: Path, capsys) -> None:
+    assert main(["list", "--root", str(tmp_path / "none")]) == 1
+    assert "none: no such store" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lpcam.errors import InputError
+from lpcam.store import digest
 
 
 def read_lines(path: Path, remedy: str) -> list[str]:
@@ -46,6 +47,27 @@ def missing_files(folder: Path, wanted: Sequence[str]) -> str:
     if not missing:
         return ""
     return f"{folder} lacks {len(missing)} of {len(wanted)} files ({abbreviate(missing)})"
+
+
+def files_digest(folder: Path, names: Sequence[str], setting: str) -> str:
+    """Hash names, sizes and times of files that a user brings, after making sure of them.
+
+    Args:
+        folder: Where they are.
+        names: The files.
+        setting: The setting that names the folder, for the message.
+
+    Raises:
+        InputError: The folder or some of the files are missing.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{setting}={folder}: no such folder; name the one that holds {names[:1]}")
+    lacks = missing_files(folder, names)
+    if lacks:
+        raise InputError(f"{setting}: {lacks}; add these files")
+    stats = [(folder / name).stat() for name in names]
+    rows = [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]
+    return digest(rows)
 
 
 def abbreviate(names: Sequence[str]) -> str:

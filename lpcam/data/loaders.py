@@ -1,5 +1,6 @@
 """Loaders: pictures to batches, for training and for inference."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TypedDict
@@ -104,7 +105,17 @@ def view_loader(
         num_workers: Processes that decode.
     """
     batches = _ViewBatches(pictures, num_classes, scales, flip, mean, std, batch_size)
-    return DataLoader(batches, batch_size=None, num_workers=num_workers)
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=num_workers,
+        multiprocessing_context=start_method(num_workers),
+    )
+
+
+def start_method(num_workers: int) -> str | None:
+    """Under joblib the processes of a loader could not start the way that joblib's own do."""
+    return "fork" if num_workers and sys.platform == "linux" else None
 
 
 class _TrainPictures(Dataset[tuple[Tensor, Tensor]]):
@@ -139,6 +150,7 @@ def train_loader(
         shuffle=shuffle,
         drop_last=shuffle and len(pairs) >= batch_size,
         num_workers=num_workers,
+        multiprocessing_context=start_method(num_workers),
     )
 
 

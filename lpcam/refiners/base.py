@@ -24,7 +24,7 @@ class Refiner(ABC):
     """Turns the maps of one picture into better class scores.
 
     A subclass keeps its arguments in attributes of the same names: :meth:`inputs` gives them to the
-    store, so that no setting is left out of a result's key.
+    store, so that no setting is left out of a result's key. What it loads has names with ``_``.
 
     Args:
         source: Which maps are refined: ``cam`` or ``lpcam``.
@@ -60,7 +60,11 @@ class Refiner(ABC):
         """
         # Neither changes the scores: the source's maps have their own key.
         left_out = ("source", "background")
-        settings = {key: value for key, value in vars(self).items() if key not in left_out}
+        settings = {
+            key: value
+            for key, value in vars(self).items()
+            if key not in left_out and not key.startswith("_")
+        }
         return {"refiner": type(self).__name__, **settings}
 
     @abstractmethod

@@ -31,7 +31,7 @@ class Shown:
     masks: Mapping[str, np.ndarray]
 
     def overlays(self) -> list[tuple[str, Image.Image]]:
-        """The picture, then each mask laid over it, with their names."""
+        """The picture, then each mask laid over it, with their names; all of one size."""
         grey = to_grey(self.image)
         drawn = [(name, to_image(mask_overlay(grey, mask))) for name, mask in self.masks.items()]
         return [("picture", self.image), *drawn]
@@ -75,7 +75,7 @@ def choose_pictures(
 def show(
     dataset: SegmentationDataset,
     pictures: Sequence[Picture],
-    methods: Sequence[Method],
+    methods: Mapping[str, Method],
     split: str,
     threshold: float,
 ) -> list[Shown]:
@@ -84,7 +84,8 @@ def show(
     Args:
         dataset: Reads the true masks.
         pictures: The pictures.
-        methods: Their masks are made at each method's best background threshold.
+        methods: By stage (``cam``, ``lpcam``, ...), which names the mask. Masks are made at each
+            method's best background threshold.
         split: Which split the pictures are of.
         threshold: Background score where the split has no scores.
     """
@@ -94,10 +95,10 @@ def show(
         image.thumbnail((PANEL_SIDE, PANEL_SIDE))
         truth = dataset.mask(picture)
         masks = {} if truth is None else {"truth": truth}
-        for method in methods:
+        for stage, method in methods.items():
             seed = method.seed(split, picture)
             background = method.threshold(split, threshold)
-            masks[method.name] = seed_mask(seed.full_size(), seed.keys, background)
+            masks[stage] = seed_mask(seed.full_size(), seed.keys, background)
         small = {
             # Nearest neighbour: between two class numbers lies no class.
             name: np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))

@@ -108,6 +108,8 @@ def start(
         summaries: How metrics that training logs are summarised, ``max`` or ``min``, by name.
     """
     flat = {**_flat(config), **choices}
+    if "refiner" in choices:
+        flat["refined"] = f"{choices['refiner']}({flat.get('refiner/source')})"
     logger.log_hyperparams(flat)
     if isinstance(logger, WandbLogger):
         logger.experiment.name = run_name(flat)
@@ -126,14 +128,11 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run_name(flat: Mapping[str, Any]) -> str:
-    """A run's name, from what studies change: ``k12 tau0.1 muf0.9 mub0.9 par(lpcam) seed0``.
+    """A run's name, from what studies change: ``k12 tau0.1 muf0.9 mub0.9 par(cam) seed0``.
 
     Args:
         flat: The config as :func:`start` logs it.
     """
-    refiner = flat.get("refiner") or "none"
-    if refiner != "none":
-        refiner += f"({flat.get('refiner/source')})"
     if "prototypes/k" not in flat:
         return f"{flat.get('backbone')} {flat.get('classifier')} seed{flat.get('seed')}"
     parts = [
@@ -141,11 +140,12 @@ def run_name(flat: Mapping[str, Any]) -> str:
         f"tau{flat.get('thresholds/activation')}",
         f"muf{flat.get('thresholds/class_score')}",
         f"mub{flat.get('thresholds/context_score')}",
-        *([use] if (use := flat.get("prototypes/use", "both")) != "both" else []),
-        refiner,
-        f"seed{flat.get('seed')}",
     ]
-    return " ".join(parts)
+    if flat.get("prototypes/use", "both") != "both":
+        parts.append(flat["prototypes/use"])
+    if flat.get("refiner", "none") != "none":
+        parts.append(flat["refined"])
+    return " ".join([*parts, f"seed{flat.get('seed')}"])
 
 
 def _summarise(logger: WandbLogger, summaries: Mapping[str, str]) -> None:
@@ -291,8 +291,9 @@ def finish() -> None:
 
     Without it the next job of a sweep would go on writing to this run.
     """
-    wandb = sys.modules.get("wandb")
-    if wandb is not None:
+    if "wandb" in sys.modules:
+        import wandb
+
         with tolerated():
             wandb.finish(exit_code=int(sys.exception() is not None))
 
@@ -309,14 +310,22 @@ def recording() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tolerated() -> Iterator[None]:
-    """Make one line of a logger's failure; what is not logged is still in the run's folder."""
+    """Make one line of a logger's failure, and end the run as failed.
+
+    What could not be logged is in the run's folder all the same.
+    """
     try:
         yield
     except Exception as error:
         text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         line = text.strip().splitlines()[0]
         print(f"warning: not logged, results are not affected: {line}", file=sys.stderr)
-        wandb = sys.modules.get("wandb")
-        if wandb is not None:
+        if "wandb" in sys.modules:
+            import wandb
+
             with contextlib.suppress(Exception):
-                wandb.teardown()  # ends its service, so that the next job gets a sound one
+                wandb.finish(exit_code=1)
+            if wandb.run is not None:  # its service does not answer: the next job needs another
+                with contextlib.suppress(Exception):
+                    wandb.teardown()
+                wandb.run = None

@@ -7,9 +7,7 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
-
-from lpcam.entry import original_command
+from omegaconf import DictConfig
 
 # Launchers whose jobs run where the sweep was started, so that a pass made here serves them.
 LOCAL = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
@@ -32,11 +30,10 @@ class SweepCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write sweep.csv and sweep.html; end with status 1 if a job failed."""
-        from lpcam.sweeps.summary import print_summary, summarise
+        from lpcam.sweeps.jobs import FAILED
+        from lpcam.sweeps.summary import summarise
 
-        summary = summarise(Path(config.hydra.sweep.dir), command=original_command())
-        print_summary(summary)
-        if summary.sweep.failed:
+        if summarise(Path(config.hydra.sweep.dir)).by_status(FAILED):
             sys.exit(1)
 
 

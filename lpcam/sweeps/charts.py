@@ -1,6 +1,5 @@
 """Which plots a sweep gets: they are chosen from its axes."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -49,7 +48,7 @@ def charts(sweep: Sweep) -> list[Chart]:
     axes = _varied(sweep)
     numeric = [axis for axis in axes if axis.numeric]
     named = named_axes(sweep)
-    if not _is_grid(sweep, axes):
+    if not sweep.is_grid:
         found = [_dots(sweep, numeric)] if numeric else []
     else:
         found = [_lines(sweep, axes, numeric)] if numeric else []
@@ -80,13 +79,8 @@ def _varied(sweep: Sweep) -> list[Axis]:
     ]
 
 
-def _is_grid(sweep: Sweep, axes: Sequence[Axis]) -> bool:
-    """Whether the jobs, done or not, are most combinations of their values."""
-    return 2 * len(group(sweep.jobs, axes)) >= math.prod(len(axis.values) for axis in axes)
-
-
 def _over(others: Sequence[Axis]) -> str:
-    return f", mean over {', '.join(axis.key for axis in others)}" if others else ""
+    return f" over {', '.join(axis.key for axis in others)}" if others else ""
 
 
 def _lines(sweep: Sweep, axes: Sequence[Axis], numeric: Sequence[Axis]) -> Chart:
@@ -94,7 +88,7 @@ def _lines(sweep: Sweep, axes: Sequence[Axis], numeric: Sequence[Axis]) -> Chart
     by = None
     if len(axes) == 2 and len(numeric) == 1 and len(others[0].values) <= MOST_LINES:
         by = others[0]
-    metrics = METRICS if len(numeric) == 1 else ("miou",)
+    metrics = sweep.metrics if len(numeric) == 1 else ["miou"]
     panels = [line_panel(sweep, axis, by, metric) for axis in numeric for metric in metrics]
     note = "Means, and a band from the lowest to the highest job at each value."
     heading = f"Along {', '.join(axis.key for axis in numeric)}"
@@ -135,27 +129,27 @@ def _heat_maps(sweep: Sweep) -> list[Chart]:
         for cells, (_, title) in zip(grids, slices, strict=True)
     ]
     heading = f"mIoU over {', '.join(axis.key for axis in chosen)}"
-    note = f"mIoU (%){_over(others)}; the best of each map is framed."
+    note = f"mIoU (%){', mean' if others else ''}{_over(others)}; the best of each map is framed."
     found = [Chart("heat_maps", heading, note, panels)]
     panels = []
-    for metric, (name, *_) in list(METRICS.items())[1:]:
+    for metric in sweep.metrics[1:]:
         cells = heat_cells(sweep, sweep.scored, x, y, metric)
-        if not np.isnan(cells).all():
-            limits = float(np.nanmin(cells)), float(np.nanmax(cells))
-            panels.append(heat_panel(cells, x, y, metric, name, limits))
+        limits = float(np.nanmin(cells)), float(np.nanmax(cells))
+        panels.append(heat_panel(cells, x, y, metric, METRICS[metric][0], limits))
     if panels:
-        note = f"At the best threshold{_over([*third, *others])}."
-        found.append(Chart("other_metrics", "Precision, recall and threshold width", note, panels))
+        averaged = [*third, *others]
+        note = f"Means{_over(averaged)}." if averaged else "One job each."
+        found.append(Chart("other_metrics", "At the same settings: other metrics", note, panels))
     return found
 
 
 def _bars(sweep: Sweep, named: Sequence[Axis]) -> Chart:
     others = [axis for axis in sweep.axes if axis not in named]
-    note = f"Means{_over(others)}"
+    note = "One job each"
     if others:
-        note += "; a black line goes from the lowest to the highest job"
+        note = f"Means{_over(others)}; a thin line goes from the lowest to the highest job"
     by = named[1] if len(named) > 1 else None
-    panels = [bar_panel(sweep, named[0], by, metric) for metric in METRICS]
+    panels = [bar_panel(sweep, named[0], by, metric) for metric in sweep.metrics]
     heading = f"By {' and '.join(axis.key for axis in named)}"
     return Chart("bars", heading, f"{note}.", panels, legend_of(by))
 

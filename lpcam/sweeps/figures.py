@@ -150,6 +150,7 @@ def _scale(axes: "Axes", axis: Axis) -> None:
     if first > 0 and last / first >= LOG_RATIO:
         axes.set_xscale("log")
         axes.minorticks_off()
+        axes.xaxis.set_major_formatter("{x:g}")
 
 
 def _tick(axes: "Axes", values: Sequence[str]) -> None:
@@ -224,7 +225,7 @@ def heat_panel(
                 Rectangle(corner, 0.94, 0.92, facecolor=colour, edgecolor=frame, linewidth=2)
             )
             # Not the ink of the other texts, which turns light on a dark page; cells do not.
-            ink = "#ffffff" if np.dot(colour[:3], (0.299, 0.587, 0.114)) < 0.55 else "#000000"
+            ink = "#ffffff" if np.dot(colour[:3], (0.299, 0.587, 0.114)) < 0.4 else "#000000"
             weight = "bold" if value == best else "normal"
             text = form.format(factor * value)
             axes.text(*middle, text, ha="center", va="center", color=ink, weight=weight)
@@ -261,7 +262,7 @@ def bar_panel(sweep: Sweep, axis: Axis, by: Axis | None, metric: str) -> Panel:
         for h, hue in enumerate(hues):
             key = (hue,) if by else ()
             offset = (h - (len(hues) - 1) / 2) * thickness
-            axes.barh([], [], color=COLOURS[1 + h], label=f"{by.name}={names[h]}" if by else None)
+            axes.barh(0, 0, color=COLOURS[1 + h], label=f"{by.name}={names[h]}" if by else None)
             for row, value in enumerate(axis.values):
                 scores = [
                     factor * score

@@ -54,6 +54,12 @@ class Sweep:
         """The axes that make settings: all but seeds."""
         return [axis for axis in self.axes if not axis.seed]
 
+    @property
+    def is_grid(self) -> bool:
+        """Whether the jobs, done or not, are most combinations of the axes' values."""
+        combinations = math.prod(len(axis.values) for axis in self.factors)
+        return 2 * len(group(self.jobs, self.factors)) >= combinations
+
     @cached_property
     def settings(self) -> dict[tuple[str, ...], list[Job]]:
         """The scored jobs of each setting, which differ in seeds only; the best setting first."""
@@ -64,6 +70,11 @@ class Sweep:
     def best(self) -> Job | None:
         """The first job of the best setting."""
         return next((jobs[0] for jobs in self.settings.values()), None)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Those of :data:`METRICS` that any job has."""
+        return [name for name in METRICS if not math.isnan(self.mean(self.scored, name))]
 
     def mean(self, jobs: Iterable[Job], metric: str = "miou") -> float:
         """Mean of a metric of the compared stage over the jobs that have it, or NaN."""
@@ -100,7 +111,7 @@ def comparable(sweep: Sweep, axis: Axis) -> list[Job]:
     """The scored jobs that tell what an axis does, other things being equal.
 
     In a sweep with gaps these are the jobs whose partners, which differ from them in this axis
-    alone, are all there; without any such jobs, as in a random search, all of them.
+    alone, are all there; without any such jobs, all of them.
     """
     others = [other for other in sweep.axes if other != axis]
     values = {job.value(axis) for job in sweep.scored}
@@ -142,9 +153,12 @@ class Effect:
 
 
 def effects(sweep: Sweep) -> list[Effect]:
-    """The effect of every axis that is no seed, the largest first."""
+    """The effect of every axis that is no seed, the largest first.
+
+    None in a random search, where hardly two jobs share a value.
+    """
     found = []
-    for axis in sweep.factors:
+    for axis in sweep.factors if sweep.is_grid else ():
         places = group(comparable(sweep, axis), [axis])
         means = {value: sweep.mean(places[value,]) for value in axis.values if (value,) in places}
         if len(means) > 1:
@@ -169,7 +183,7 @@ def best_in_words(sweep: Sweep) -> str:
         return ""
     jobs = next(iter(sweep.settings.values()))
     values = [100 * job.score(sweep.split, "miou") for job in jobs]
-    what = f"{np.mean(values):.1f} % mIoU"
+    what = f"mIoU {np.mean(values):.1f}"
     if len(jobs) > 1:
         what += (
             f" as mean of {len(jobs)} seeds (standard deviation {np.std(values, ddof=1):.1f}, "

@@ -3,12 +3,13 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lpcam import map_stages
-from lpcam.errors import InputError
+from lpcam.entry import USER_ERRORS
 from lpcam.outputs import done_metrics
 from lpcam.run import Run
 
@@ -29,7 +30,7 @@ def plan(configs: Sequence[DictConfig]) -> None:
             if run is not None:
                 run.settings  # noqa: B018 - clusters now
                 groups[run.sharing].append(run)
-        except InputError:
+        except USER_ERRORS:
             continue
     todo = sum(map(len, groups.values()))
     print(f"Sweep: {len(configs)} jobs, {todo} to do, {len(groups)} passes over the pictures")
@@ -57,6 +58,7 @@ def _open(config: DictConfig) -> Run | None:
         OmegaConf.resolve(config)
     finally:
         HydraConfig.instance().cfg = before
-    if done_metrics(folder, OmegaConf.to_container(config)):
+    plain: Any = OmegaConf.to_container(config)
+    if done_metrics(folder, plain):
         return None
     return Run(config, overrides)

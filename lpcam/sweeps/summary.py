@@ -100,6 +100,7 @@ def write_summary(
     found = effects(sweep)
     class_axes = named_axes(sweep) or [effect.axis for effect in found[:1]]
     class_places = list(group(sweep.scored, class_axes))
+    with_classes = 1 < len(class_places) <= MOST_CLASS_COLUMNS
     script = Path(__file__).with_name("sort.js").read_text()
     headings, jobs = job_table(sweep)
     page = render(
@@ -117,7 +118,7 @@ def write_summary(
         drawn=lambda panel: Markup(svg(draw_panels([panel], legend=False))),
         class_axes=class_axes,
         class_places=class_places,
-        classes=class_ious(sweep, class_axes) if len(class_places) <= MOST_CLASS_COLUMNS else {},
+        classes=class_ious(sweep, class_axes) if with_classes else {},
         columns=columns,
         rows=rows,
         no_gallery=no_gallery,
@@ -245,20 +246,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gallery", nargs="+", default=[], metavar="ID", help="pictures to show")
     options = parser.parse_args(arguments)
     try:
-        dataset = _dataset(options.folder)
-        split = options.split or (dataset.map_splits[-1] if dataset else "val")
-        summary = write_summary(
-            options.folder,
-            command=_command(options.folder),
-            dataset=dataset,
-            split=split,
-            gallery=options.gallery,
-        )
+        summarise(options.folder, options.split, options.gallery)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print_summary(summary)
     return 0
+
+
+def summarise(folder: Path, split: str | None = None, gallery: Sequence[str] = ()) -> Summary:
+    """Write and print the summary of a sweep whose settings its jobs' files tell.
+
+    Args:
+        folder: The sweep's folder, with a folder for each job.
+        split: The split that is compared; by default the last that has maps.
+        gallery: See :func:`write_summary`.
+
+    Raises:
+        InputError: The folder holds no job.
+    """
+    dataset = _dataset(folder)
+    summary = write_summary(
+        folder,
+        command=_command(folder),
+        dataset=dataset,
+        split=split or (dataset.map_splits[-1] if dataset else "val"),
+        gallery=gallery,
+    )
+    print_summary(summary)
+    return summary
 
 
 def _dataset(folder: Path) -> SegmentationDataset | None:

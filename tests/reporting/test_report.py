@@ -1,7 +1,6 @@
 import base64
 import io
 from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -12,48 +11,9 @@ from lpcam.data.dataset import Picture, SegmentationDataset
 from lpcam.evaluation import SegmentationScore
 from lpcam.reporting.report import Method, PrototypeView, write_report
 from lpcam.seeds import Seed, grid_size, load_seed, save_mask, save_seed
+from tests.pages import NASTY, Page
 
-NASTY = ['<script>alert("x")</script>', "\"'><img src=x onerror=alert(1)>", r"$\frac$ &amp; 鳥"]
-VOID = {"meta", "link", "img", "br", "hr", "input"}
 SIZE = (40, 56)
-
-
-class Page(HTMLParser):
-    """What a browser would see: every tag, the text below each, and whether all tags close."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.rows: list[list[str]] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.texts.append((self.open[-1] if self.open else "", data.strip()))
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data.strip()
-
-    def all_text(self) -> str:
-        return "\n".join(text for tag, text in self.texts if tag != "style")
 
 
 class TinyDataset(SegmentationDataset):

@@ -1,0 +1,283 @@
+"""Training of a refiner's own layers on the features of a frozen backbone.
+
+Both learnt refiners see the same data: pictures, and label images made from their maps when a
+picture is first asked for, by as many processes as load pictures. A killed run finds them again.
+"""
+
+import shutil
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pytorch_lightning.callbacks import ModelCheckpoint
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lpcam.backbones import Backbone
+from lpcam.data.dataset import IGNORED, Picture, open_image, open_picture
+from lpcam.data.loaders import start_method
+from lpcam.data.transforms import normalize, rescale
+from lpcam.errors import InputError
+from lpcam.seeds import save_mask
+from lpcam.store import is_main_process, write_atomically
+
+WEIGHTS = "heads.safetensors"
+CHECKPOINT = Path("checkpoint", "last.ckpt")
+
+
+class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
+    """Crops of pictures and of their labels, randomly scaled and mirrored.
+
+    Draws from torch's global generator. Crops start at multiples of the labels' stride, so that
+    labels which are constant in cells of that size keep their cells.
+
+    Args:
+        pictures: The pictures.
+        folder: Where label images ``<id>.png`` lie, or are written when first needed.
+        make_label: Makes the labels ``(H, W)`` uint8 of a picture: 0 background, class index + 1,
+            255 ignored.
+        mean: Per-channel mean.
+        std: Per-channel standard deviation.
+        crop: Side of the square crop in pixels, a multiple of the stride. What sticks out is
+            padded: with the mean colour, with ignored labels.
+        stride: Pixels between labels.
+        scales: Range of the factor on a picture's size.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        folder: Path,
+        make_label: Callable[[Picture, Image.Image], np.ndarray],
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        crop: int,
+        stride: int,
+        scales: Sequence[float] = (1, 1),
+    ) -> None:
+        self.pictures = pictures
+        self.folder = folder
+        self.make_label = make_label
+        self.mean = mean
+        self.std = std
+        self.crop = crop
+        self.stride = stride
+        self.scales = scales
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """A picture ``(3, crop, crop)`` and labels of a ``stride``-th the side, int64."""
+        picture = self.pictures[index]
+        image = open_picture(picture.path)
+        label = self._label(picture, image)
+        low, high = self.scales
+        image = rescale(image, low + (high - low) * float(torch.rand(())))
+        label = label.resize(image.size, Image.Resampling.NEAREST)
+        pixels = normalize(image, self.mean, self.std)
+        labels = torch.from_numpy(np.array(label, np.int64))
+        for dim in (0, 1):
+            spare = labels.shape[dim] - self.crop
+            offset = int(torch.randint(0, abs(spare) // self.stride + 1, ())) * self.stride
+            if spare > 0:
+                labels = labels.narrow(dim, offset, self.crop)
+                pixels = pixels.narrow(dim + 1, offset, self.crop)
+            else:
+                padding = (offset, -spare - offset)
+                around = padding if dim == 1 else (0, 0, *padding)
+                labels = F.pad(labels, around, value=IGNORED)
+                pixels = F.pad(pixels, around)
+        # Cells are represented by their middle.
+        middle = slice(self.stride // 2, None, self.stride)
+        labels = labels[middle, middle]
+        if torch.rand(()) < 0.5:
+            pixels, labels = pixels.flip(2), labels.flip(1)
+        return pixels.contiguous(), labels.contiguous()
+
+    def _label(self, picture: Picture, image: Image.Image) -> Image.Image:
+        path = self.folder / f"{picture.id}.png"
+        if not path.is_file():
+            save_mask(path, self.make_label(picture, image))
+        return open_image(path)
+
+
+class HeadTraining(pl.LightningModule):
+    """Trains layers on the stages of a frozen backbone by SGD with a polynomial schedule.
+
+    There is no momentum: the published programs hand their weight decay over in its place, so they
+    have none to speak of, and their learning rates are made for that.
+
+    Args:
+        backbone: The backbone. It is copied.
+        head: The layers.
+        groups: Their parameters with a learning rate each.
+        weight_decay: Weight decay.
+        poly_power: Exponent of the schedule.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: nn.Module,
+        groups: Sequence[tuple[Sequence[nn.Parameter], float]],
+        *,
+        weight_decay: float,
+        poly_power: float = 0.9,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone.fused().requires_grad_(False)
+        self.head = head
+        self.groups = [{"params": list(parameters), "lr": lr} for parameters, lr in groups]
+        self.weight_decay = weight_decay
+        self.poly_power = poly_power
+
+    @abstractmethod
+    def loss(self, features: list[Tensor], labels: Tensor) -> Tensor:
+        """Loss of one batch.
+
+        Args:
+            features: The backbone's stages.
+            labels: Labels ``(B, h, w)``.
+        """
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        images, labels = batch
+        with torch.no_grad():
+            features = self.backbone.stages(images)
+        loss = self.loss(features, labels)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        return loss
+
+    def train(self, mode: bool = True) -> "HeadTraining":
+        """Switch between training and evaluation, the backbone excepted."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def configure_optimizers(self) -> Any:
+        """SGD with a polynomial schedule by step."""
+        optimizer = torch.optim.SGD(self.groups, weight_decay=self.weight_decay)
+        steps = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: (1 - min(step / steps, 1)) ** self.poly_power
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def check_crop(crop: int, stride: int, radius: int) -> None:
+    """Raise an InputError unless a crop's grid has cells with all neighbours within the radius."""
+    smallest = (2 * radius - 1) * stride
+    if radius < 2 or crop < smallest or crop % stride:
+        raise InputError(
+            f"refiner.crop={crop}: give a multiple of {stride} of at least {smallest}, which "
+            f"refiner.radius={radius} needs (2 or more)"
+        )
+
+
+def train_heads(
+    folder: Path,
+    module: HeadTraining,
+    pictures: Sequence[Picture],
+    make_label: Callable[[Picture, Image.Image], np.ndarray],
+    make_trainer: Callable[..., pl.Trainer],
+    *,
+    crop: int,
+    stride: int,
+    scales: Sequence[float] = (1, 1),
+    epochs: int,
+    batch_size: int,
+    num_workers: int,
+) -> None:
+    """Train, going on from the last epoch of a killed run.
+
+    Args:
+        folder: Where label images and checkpoints go.
+        module: What is trained.
+        pictures: See :class:`LabelledCrops`.
+        make_label: Likewise.
+        make_trainer: Makes Lightning's trainer.
+        crop: See :class:`LabelledCrops`.
+        stride: Likewise.
+        scales: Likewise.
+        epochs: Passes over the pictures.
+        batch_size: Crops a step.
+        num_workers: Processes that make labels and crops.
+    """
+    labels = folder / "labels"
+    labels.mkdir(exist_ok=True)
+    crops = LabelledCrops(
+        pictures,
+        labels,
+        make_label,
+        mean=module.backbone.mean,
+        std=module.backbone.std,
+        crop=crop,
+        stride=stride,
+        scales=scales,
+    )
+    loader = DataLoader(
+        crops,
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=len(crops) >= batch_size,
+        num_workers=num_workers,
+        multiprocessing_context=start_method(num_workers),
+    )
+    last = folder / CHECKPOINT
+    checkpoint = ModelCheckpoint(last.parent, last.stem, enable_version_counter=False)
+    trainer = make_trainer(
+        max_epochs=epochs, num_sanity_val_steps=0, logger=False, callbacks=[checkpoint]
+    )
+    resume = str(last) if last.is_file() else None
+    trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
+
+
+def save_head(folder: Path, head: nn.Module) -> None:
+    """Write the trained layers, which ends the training: its checkpoint goes."""
+    if is_main_process():
+        state = {key: value.cpu().contiguous() for key, value in head.state_dict().items()}
+        write_atomically(folder / WEIGHTS, save(state))
+        shutil.rmtree((folder / CHECKPOINT).parent, ignore_errors=True)
+
+
+def load_head(folder: Path, head: nn.Module) -> None:
+    """Read what :func:`save_head` wrote.
+
+    Raises:
+        InputError: The file is missing, damaged, or belongs to other layers.
+    """
+    path = folder / WEIGHTS
+    try:
+        head.load_state_dict(load_file(path))
+    except Exception as error:
+        raise InputError(
+            f"{path}: no trained refiner for this backbone ({type(error).__name__}); delete "
+            f"{folder} to train again"
+        ) from error
+
+
+def stage_channels(backbone: Backbone) -> list[int]:
+    """Channels of each of the backbone's stages."""
+    device = next(backbone.parameters()).device
+    with torch.no_grad():
+        return [f.shape[1] for f in backbone.stages(torch.zeros(1, 3, 96, 96, device=device))]
+
+
+def resize(features: Tensor, grid: Sequence[int]) -> Tensor:
+    """Bring features ``(B, D, h, w)`` to another grid, bilinear."""
+    if features.shape[2:] == torch.Size(grid):
+        return features
+    return F.interpolate(features, tuple(grid), mode="bilinear", align_corners=False)
