@@ -120,7 +120,7 @@ class LPCAMCallback(BasePredictionWriter):
     Args:
         weight: Class weights ``(C, D)`` of the classifier.
         heads: What to compute.
-        eps: See :func:`~lpcam.functional.normalize_maps`.
+        eps: Added to the maximum that an LPCAM map is divided by; plain CAM's has its own.
         kept: Where the features of each picture go that LPCAM reads, a file ``<id>.npz`` with
             an array ``(D, h, w)`` float16 a scale in the order of the scales; None for nowhere.
             Maps are then made from the rounded features, so that they are the same whether made
@@ -195,7 +195,9 @@ class LPCAMCallback(BasePredictionWriter):
         wanted = labels[:, present]
         scales = [self._rectified(views, present)[:, wanted] for views in features]
         merged = merge_scales([maps.flatten(0, 1) for maps in scales], grid_size(size))
-        return normalize_maps(merged, self.eps).unflatten(0, scales[0].shape[:2])
+        merged = merged.unflatten(0, scales[0].shape[:2])
+        plain, fitted = merged.tensor_split([len(self.plain)])
+        return torch.cat([normalize_maps(plain), normalize_maps(fitted, self.eps)])
 
     def _rectified(self, views: Tensor, present: Tensor) -> Tensor:
         """Maps of one scale after ReLU, for M heads and P classes: ``(M, B, P, h, w)``."""

@@ -96,11 +96,14 @@ def maps(
         "flip": flip,
     }
     stages = {}
+    inputs: dict[str, Any]
     for name, setting in settings.items():
-        matrix = classifier.weight if setting.directions is None else setting.directions
-        head = "cam" if setting.directions is None else "lpcam"
-        inputs = {"head": head, "matrix": tensor_digest(matrix), "offset": setting.offset}
-        stages[name] = Stage(store, "maps", {**common, "eps": eps, **inputs})
+        if setting.directions is None:
+            inputs = {"head": "cam", "matrix": tensor_digest(classifier.weight)}
+        else:
+            matrix = tensor_digest(setting.directions)
+            inputs = {"head": "lpcam", "matrix": matrix, "offset": setting.offset, "eps": eps}
+        stages[name] = Stage(store, "maps", {**common, **inputs})
     distinct = {stages[name].key: name for name in settings}
     views = Stage(store, "views", common)
     with ExitStack() as stack:

