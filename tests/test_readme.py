@@ -48,7 +48,10 @@ def test_python_of_the_library_page_runs(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_files_and_make_targets_exist() -> None:
     library = (ROOT / "docs" / "library.md").read_text()
-    pictures = re.findall(r"\]\((docs/[^)]+)\)", README)
+    pages = re.findall(r"[^!]\[[^]]*\]\(([^)]+)\)", README)
+    assert all((ROOT / name).is_file() for name in pages)
+    pictures = re.findall(r"!\[[^]]*\]\((docs/[^)]+)\)", README)
+    assert pictures
     pictures += [f"docs/{name}" for name in re.findall(r"!\[.*\]\((.+)\)", library)]
     for name in pictures:
         assert 10_000 < (ROOT / name).stat().st_size < 300_000
