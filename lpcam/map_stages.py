@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from lpcam.inference import LPCAMCallback, MapHead
 from lpcam.pipeline import MakeTrainer, predict, tensor_digest
 from lpcam.prototypes import Prototypes
 from lpcam.refiners.base import Refiner, TrainedRefiner
-from lpcam.seeds import load_seed, save_seed
+from lpcam.seeds import Seed, load_seed, save_seed
 from lpcam.store import Stage, digest, is_main_process
 
 
@@ -237,6 +238,10 @@ def _score(
             np.save(folder / "histogram.npy", total.histogram)
 
 
+def _read_seed(folder: Path, picture: Picture) -> Seed:
+    return load_seed(folder / f"{picture.id}.npz")
+
+
 def refined(
     store: Path,
     make_trainer: MakeTrainer,
@@ -278,7 +283,7 @@ def refined(
                 refiner.fit(
                     folder,
                     pictures,
-                    lambda picture: load_seed(found[train_split].folder / f"{picture.id}.npz"),
+                    partial(_read_seed, found[train_split].folder),
                     classifier.backbone,
                     classifier.num_classes,
                     make_trainer,
@@ -309,6 +314,6 @@ def refined(
             for picture in track(pictures, f"Refining {split}"):
                 target = folder / f"{picture.id}.npz"
                 if not target.is_file():
-                    seed = load_seed(found[split].folder / f"{picture.id}.npz")
+                    seed = _read_seed(found[split].folder, picture)
                     save_seed(target, refiner.refine(picture.id, open_picture(picture.path), seed))
     return stages
