@@ -19,7 +19,6 @@ from rich.table import Table
 
 from lpcam.data.dataset import Picture, SegmentationDataset, multi_hot, open_picture
 from lpcam.data.files import abbreviate
-from lpcam.entry import build, run
 from lpcam.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -122,9 +121,8 @@ def _problem_lines(checks: dict[str, SplitCheck]) -> Iterator[str]:
             yield f"{split}: {len(check.problems) - SHOWN} more problems like these"
 
 
-def main(cfg: Any) -> None:
-    """Check the data set of a config; end with status 1 on problems."""
-    dataset: SegmentationDataset = build(cfg.dataset)
+def check(dataset: SegmentationDataset) -> None:
+    """Check a data set; end the program with status 1 on problems."""
     unprepared = []
     try:
         dataset.prepare()
@@ -142,6 +140,13 @@ def main(cfg: Any) -> None:
 
 if __name__ == "__main__":
     import hydra
+
+    # Of the top floor, as the program is; what is above this line imports downward only.
+    from lpcam.entry import build, run
+
+    def main(cfg: Any) -> None:
+        """Check the data set of a config."""
+        check(build(cfg.dataset))
 
     decorate = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="check")
     run(decorate(main), ROOT)
