@@ -91,7 +91,9 @@ def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             failure.write_text(line + "\n")
             print(f"error: {folder.name}: {line}", file=sys.stderr)
             # Hydra's own sweeper would stop at an exception; others take it for the job's result.
-            if not hydra_config.sweeper._target_.endswith("BasicSweeper"):
+            # Without the callback that tells of failures nothing else would end with status 1.
+            basic = hydra_config.sweeper._target_.endswith("BasicSweeper")
+            if not basic or "sweep" not in (hydra_config.callbacks or {}):
                 raise
             return None
 

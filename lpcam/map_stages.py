@@ -285,7 +285,6 @@ def refined(
                     pictures,
                     partial(_read_seed, found[train_split].folder),
                     classifier.backbone,
-                    classifier.num_classes,
                     make_trainer,
                     num_workers=num_workers,
                 )

@@ -194,6 +194,16 @@ def test_killed_training_goes_on_from_its_checkpoint(program, tmp_path: Path) ->
     assert torch.load(checkpoint(tmp_path), weights_only=True)["epoch"] == 200
 
 
+def test_a_failing_training_in_a_sweep_ends_with_status_1(program, tmp_path: Path) -> None:
+    wrong = ("classifier.optimizer=nonsense,sgd", "classifier.epochs=1")
+    folders = (f"paths.root={tmp_path}", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    outcome = program("train", "-m", *TINY, *wrong, *folders)
+    assert outcome.status == 1
+    assert "classifier.optimizer=nonsense" in outcome.stderr
+    assert len(list((tmp_path / "sweep").glob("*/FAILED.txt"))) == 1
+    assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 1  # the other went on
+
+
 def test_infer_says_which_command_trains(program, own: Path) -> None:
     outcome = program("infer", *TINY, *TINY_INFER, "seed=7", *at(own))
     assert_one_line(outcome, "no classifier for these settings; train it first:  python train.py")

@@ -100,7 +100,6 @@ class TrainedRefiner(Refiner):
         pictures: Sequence[Picture],
         read_seed: Callable[[Picture], Seed],
         backbone: Backbone,
-        num_classes: int,
         make_trainer: Callable[..., pl.Trainer],
         *,
         num_workers: int,
@@ -112,7 +111,6 @@ class TrainedRefiner(Refiner):
             pictures: The training pictures.
             read_seed: Gives a picture's maps.
             backbone: The project's backbone; its weights are only read.
-            num_classes: Number of classes C.
             make_trainer: Makes Lightning's trainer.
             num_workers: Processes that decode pictures.
         """

@@ -185,7 +185,6 @@ class PSA(TrainedRefiner):
         pictures: Sequence[Picture],
         read_seed: Callable[[Picture], Seed],
         backbone: Backbone,
-        num_classes: int,
         make_trainer: Callable[..., pl.Trainer],
         *,
         num_workers: int,

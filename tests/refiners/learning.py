@@ -11,7 +11,7 @@ import torch
 
 from lpcam.backbones import Backbone, build_backbone
 from lpcam.data.dataset import Picture
-from lpcam.data.shapes import CLASSES, Shapes
+from lpcam.data.shapes import Shapes
 from lpcam.refiners.base import TrainedRefiner
 from lpcam.seeds import Seed, grid_size
 
@@ -92,7 +92,6 @@ def fit(
         task.pictures,
         task.seed,
         backbone or tiny_backbone(),
-        len(CLASSES),
         trainer_maker(*callbacks),
         num_workers=0,
     )

@@ -149,7 +149,6 @@ class IRN(TrainedRefiner):
         pictures: Sequence[Picture],
         read_seed: Callable[[Picture], Seed],
         backbone: Backbone,
-        num_classes: int,
         make_trainer: Callable[..., pl.Trainer],
         *,
         num_workers: int,
