@@ -25,7 +25,8 @@ def main(cfg: DictConfig) -> float | None:
     output = Path(cfg.paths.output)
     config = OmegaConf.to_container(cfg, resolve=True)
     last = cfg.dataset.map_splits[-1]
-    if metrics := outputs.done_metrics(output, config):
+    metrics = outputs.done_metrics(output, config)
+    if metrics is not None:  # without masks there are none
         print(f"Already done: {output}")
         return outputs.headline(metrics, last)
 

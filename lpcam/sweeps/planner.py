@@ -59,6 +59,6 @@ def _open(config: DictConfig) -> Run | None:
     finally:
         HydraConfig.instance().cfg = before
     plain: Any = OmegaConf.to_container(config)
-    if done_metrics(folder, plain):
+    if done_metrics(folder, plain) is not None:
         return None
     return Run(config, overrides)
