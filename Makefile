@@ -23,7 +23,7 @@ demo: $(VENV)/installed ## train, map and score on the embedded data; ends with 
 	$(RUN) infer.py hydra.run.dir=outputs/demo/infer
 
 test: $(VENV)/installed-dev ## run the tests
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-dev ## check style and types
 	$(VENV)/bin/ruff check .
