@@ -95,7 +95,7 @@ def test_disk(tmp_path: Path) -> None:
         save_seed(tmp_path / "a.npz", Seed(np.array([3]), one[None].numpy(), (375, 500)))
         sizes.append((tmp_path / "a.npz").stat().st_size)
         error = load_seed(tmp_path / "a.npz").maps[0] - one.numpy()
-        assert np.abs(error).max() <= STEP / 2
+        assert np.abs(error).max() <= STEP / 2 + 1e-7  # of single precision
     assert max(sizes) <= 12000
 
 
