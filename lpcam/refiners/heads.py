@@ -1,14 +1,15 @@
-"""Training of a refiner's own layers on the features of a frozen backbone.
+"""Refiners that learn layers of their own on the features of a frozen backbone.
 
-Both learnt refiners see the same data: pictures, and label images made from their maps when a
+Both see the same data: pictures, and label images made from their maps when a
 picture is first asked for, by as many processes as load pictures. A killed run finds them again.
 """
 
 import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -25,7 +26,9 @@ from lpcam.data.dataset import IGNORED, Picture, open_image, open_picture
 from lpcam.data.loaders import start_method
 from lpcam.data.transforms import normalize, rescale
 from lpcam.errors import InputError
-from lpcam.seeds import save_mask
+from lpcam.refiners.base import TrainedRefiner
+from lpcam.refiners.labels import check_method
+from lpcam.seeds import Seed, save_mask
 from lpcam.store import is_main_process, write_atomically
 
 WEIGHTS = "heads.safetensors"
@@ -149,6 +152,13 @@ class HeadTraining(pl.LightningModule):
             labels: Labels ``(B, h, w)``.
         """
 
+    def finish(self, pictures: Sequence[Picture]) -> None:
+        """Compute what the trained layers need besides; nothing by default.
+
+        Args:
+            pictures: The training pictures.
+        """
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""
         images, labels = batch
@@ -177,72 +187,126 @@ class HeadTraining(pl.LightningModule):
         }
 
 
-def check_crop(crop: int, stride: int, radius: int) -> None:
-    """Raise an InputError unless a crop's grid has cells with all neighbours within the radius."""
-    smallest = (2 * radius - 1) * stride
-    if radius < 2 or crop < smallest or crop % stride:
-        raise InputError(
-            f"refiner.crop={crop}: give a multiple of {stride} of at least {smallest}, which "
-            f"refiner.radius={radius} needs (2 or more)"
-        )
-
-
-def train_heads(
-    folder: Path,
-    module: HeadTraining,
-    pictures: Sequence[Picture],
-    make_label: Callable[[Picture, Image.Image], np.ndarray],
-    make_trainer: Callable[..., pl.Trainer],
-    *,
-    crop: int,
-    stride: int,
-    scales: Sequence[float] = (1, 1),
-    epochs: int,
-    batch_size: int,
-    num_workers: int,
-) -> None:
-    """Train, going on from the last epoch of a killed run.
+class HeadRefiner(TrainedRefiner):
+    """A refiner that learns affinities of cells, and spreads maps by a random walk along them.
 
     Args:
-        folder: Where label images and checkpoints go.
-        module: What is trained.
-        pictures: See :class:`LabelledCrops`.
-        make_label: Likewise.
-        make_trainer: Makes Lightning's trainer.
-        crop: See :class:`LabelledCrops`.
-        stride: Likewise.
-        scales: Likewise.
-        epochs: Passes over the pictures.
+        radius: Of the pairs in training, in cells.
+        lr: Learning rate.
+        beta: Power of the affinities in the walk.
+        labels: What refines the training labels, ``par`` or ``crf``.
+        crop: Side of the training crops in pixels, a multiple of a cell's.
+        scales: Range of the factor on a picture's size in training.
+        epochs: Passes over the training pictures.
         batch_size: Crops a step.
-        num_workers: Processes that make labels and crops.
+        steps: Steps of the walk.
+        **options: See :class:`~lpcam.refiners.base.Refiner`.
+
+    Attributes:
+        cell: Side of a cell in pixels.
+        label_settings: Names of the settings that :meth:`label` reads besides ``labels``.
+
+    Raises:
+        InputError: The crop's grid has no cell with all neighbours within the radius.
     """
-    labels = folder / "labels"
-    labels.mkdir(exist_ok=True)
-    crops = LabelledCrops(
-        pictures,
-        labels,
-        make_label,
-        mean=module.backbone.mean,
-        std=module.backbone.std,
-        crop=crop,
-        stride=stride,
-        scales=scales,
-    )
-    loader = DataLoader(
-        crops,
-        batch_size=batch_size,
-        shuffle=True,
-        drop_last=len(crops) >= batch_size,
-        num_workers=num_workers,
-        multiprocessing_context=start_method(num_workers),
-    )
-    last = folder / CHECKPOINT
-    checkpoint = ModelCheckpoint(last.parent, last.stem, enable_version_counter=False)
-    trainer = make_trainer(
-        max_epochs=epochs, num_sanity_val_steps=0, logger=False, callbacks=[checkpoint]
-    )
-    resume = str(last) if last.is_file() else None
-    trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
+
+    cell: ClassVar[int]
+    label_settings: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        *,
+        radius: int,
+        lr: float,
+        beta: float,
+        labels: str = "par",
+        crop: int = 256,
+        scales: Sequence[float] = (1, 1),
+        epochs: int = 4,
+        batch_size: int = 8,
+        steps: int = 256,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        smallest = (2 * radius - 1) * self.cell
+        if radius < 2 or crop < smallest or crop % self.cell:
+            raise InputError(
+                f"refiner.crop={crop}: give a multiple of {self.cell} of at least {smallest}, "
+                f"which refiner.radius={radius} needs (2 or more)"
+            )
+        self.labels = labels
+        self.radius = radius
+        self.crop = crop
+        self.scales = list(scales)
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.beta = beta
+        self.steps = steps
+
+    @abstractmethod
+    def training(self, backbone: Backbone) -> HeadTraining:
+        """The layers, not yet trained, and how they learn."""
+
+    @abstractmethod
+    def label(self, image: Image.Image, seed: Seed) -> np.ndarray:
+        """Training labels ``(H, W)`` uint8: 0 background, class index + 1, 255 open."""
+
+    def training_inputs(self) -> Mapping[str, Any]:  # noqa: D102 - inherited
+        check_method(self.labels)  # before a training that would find out late
+        names = ("labels", "radius", "crop", "scales", "epochs", "batch_size", "lr")
+        settings = {name: getattr(self, name) for name in (*names, *self.label_settings)}
+        return {"refiner": type(self).__name__, **settings}
+
+    def fit(  # noqa: D102 - inherited
+        self,
+        folder: Path,
+        pictures: Sequence[Picture],
+        read_seed: Callable[[Picture], Seed],
+        backbone: Backbone,
+        make_trainer: Callable[..., pl.Trainer],
+        *,
+        num_workers: int,
+    ) -> None:
+        labels, last = folder / "labels", folder / CHECKPOINT
+        labels.mkdir(exist_ok=True)
+        training = self.training(backbone)
+        crops = LabelledCrops(
+            pictures,
+            labels,
+            partial(self._label, read_seed),
+            mean=backbone.mean,
+            std=backbone.std,
+            crop=self.crop,
+            stride=self.cell,
+            scales=self.scales,
+        )
+        loader = DataLoader(
+            crops,
+            batch_size=self.batch_size,
+            shuffle=True,
+            drop_last=len(crops) >= self.batch_size,
+            num_workers=num_workers,
+            multiprocessing_context=start_method(num_workers),
+        )
+        checkpoint = ModelCheckpoint(last.parent, last.stem, enable_version_counter=False)
+        trainer = make_trainer(
+            max_epochs=self.epochs, num_sanity_val_steps=0, logger=False, callbacks=[checkpoint]
+        )
+        resume = str(last) if last.is_file() else None
+        trainer.fit(training, loader, ckpt_path=resume, weights_only=True)
+        training.finish(pictures)
+        save_head(folder, training.head)
+
+    def _label(
+        self, read_seed: Callable[[Picture], Seed], picture: Picture, image: Image.Image
+    ) -> np.ndarray:
+        return self.label(image, read_seed(picture))
+
+    def load(self, folder: Path, backbone: Backbone, device: str) -> None:  # noqa: D102 - inherited
+        self._trained = self.training(backbone)
+        load_head(folder, self._trained.head)
+        self._trained.eval().to(device)
 
 
 def save_head(folder: Path, head: nn.Module) -> None:

@@ -5,40 +5,50 @@ Supervised Semantic Segmentation", CVPR 2018. The published AffinityNet is train
 layers stand on the frozen backbone, and colours are not jittered.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from lpcam.backbones import Backbone
-from lpcam.data.dataset import Picture
 from lpcam.data.transforms import normalize
 from lpcam.errors import InputError
-from lpcam.refiners.base import TrainedRefiner
-from lpcam.refiners.heads import (
-    HeadTraining,
-    check_crop,
-    load_head,
-    resize,
-    save_head,
-    stage_channels,
-    train_heads,
-)
-from lpcam.refiners.labels import affinity_labels, background_score, cell_means, check_method
+from lpcam.refiners.heads import HeadRefiner, HeadTraining, resize, stage_channels
+from lpcam.refiners.labels import affinity_labels, background_score, cell_means
 from lpcam.refiners.pairs import affinity_loss, pair_labels
 from lpcam.refiners.random_walk import at_offset, pair_offsets, propagate
 from lpcam.seeds import Seed, grid_size
 
-# Pixels between the cells whose affinities are learnt.
-STRIDE = 8
 WIDTHS = (64, 128, 256)
+
+
+class Powers(NamedTuple):
+    """The values that are tuned for a kind of maps: powers p of ``(1 - strongest map) ** p``.
+
+    A class equals that background where its map is x with ``x = (1 - x) ** p``.
+
+    Attributes:
+        low: For the labels' sure foreground.
+        high: For their sure background, the larger one.
+        power: For the background that walks.
+    """
+
+    low: float
+    high: float
+    power: float
+
+
+# For the embedded data with EfficientNet, whose LPCAM maps are best at a background score of 0.6,
+# CAM's at 0.48; and as published.
+POWERS = {
+    "cutouts_lpcam": Powers(0.3, 1.0, 0.4),
+    "cutouts_cam": Powers(0.56, 2.0, 1.06),
+    "psa": Powers(4, 32, 16),
+}
 
 
 class AffinityNetwork(nn.Module):
@@ -113,126 +123,81 @@ class AffinityTraining(HeadTraining):
         return affinity_loss(feature_affinity(found, self.radius), pair_labels(labels, self.radius))
 
 
-class PSA(TrainedRefiner):
+class PSA(HeadRefiner):
     """Maps spread along learnt affinities.
 
     The background walks too, from ``(1 - strongest map) ** power``. A class scores its share of
     itself and the background, so a ``background`` of 0.5 gives the strongest of all, as published.
 
-    A power p makes class and background even where a map is x with ``x = (1 - x) ** p``.
-
     Args:
-        low: The power of the labels' sure foreground.
-        high: The power of their sure background, the larger one.
-        power: The power of the background that walks.
-        labels: What refines the labels, ``par`` or ``crf``.
-        radius: Of the pairs, in cells of the stride-8 grid.
-        crop: Side of the training crops in pixels, a multiple of 8.
-        epochs: Passes over the training pictures.
-        batch_size: Crops a step.
-        lr: Learning rate.
-        beta: Power of the affinities in the walk.
-        steps: Steps of the walk.
-        **options: See :class:`~lpcam.refiners.base.Refiner`.
+        powers: A name of :data:`POWERS`, for what is not given below.
+        low: See :class:`Powers`.
+        high: Likewise.
+        power: Likewise.
+        radius: See :class:`~lpcam.refiners.heads.HeadRefiner`; cells are of 8 pixels.
+        lr: Likewise.
+        beta: Likewise.
+        **options: Likewise.
 
     Raises:
         InputError: A setting is outside its range.
     """
 
+    cell = 8
+    label_settings = ("low", "high")
+    _trained: AffinityTraining
+
     def __init__(
         self,
         *,
-        low: float = 0.3,
-        high: float = 1.0,
-        power: float = 0.4,
-        labels: str = "par",
+        powers: str = "cutouts_lpcam",
+        low: float | None = None,
+        high: float | None = None,
+        power: float | None = None,
         radius: int = 5,
-        crop: int = 256,
-        epochs: int = 4,
-        batch_size: int = 8,
         lr: float = 1.0,
         beta: float = 8,
-        steps: int = 256,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        if not 0 < low <= high:
+        if powers not in POWERS:
+            names = ", ".join(POWERS)
+            raise InputError(f"refiner.powers={powers}: unknown; choose among {names}")
+        super().__init__(radius=radius, lr=lr, beta=beta, **options)
+        named = POWERS[powers]
+        self.low = named.low if low is None else low
+        self.high = named.high if high is None else high
+        self.power = named.power if power is None else power
+        if not 0 < self.low <= self.high:
             raise InputError(
-                f"refiner.low={low} and refiner.high={high}: give two powers above 0, the first "
-                "not above the second"
+                f"refiner.low={self.low} and refiner.high={self.high}: give two powers above 0, "
+                "the first not above the second"
             )
-        check_crop(crop, STRIDE, radius)
-        self.low = low
-        self.high = high
-        self.power = power
-        self.labels = labels
-        self.radius = radius
-        self.crop = crop
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.lr = lr
-        self.beta = beta
-        self.steps = steps
 
-    def training_inputs(self) -> Mapping[str, Any]:  # noqa: D102 - inherited
-        check_method(self.labels)  # before a training that would find out late
-        names = ("low", "high", "labels", "radius", "crop", "epochs", "batch_size", "lr")
-        return {"refiner": "PSA", **{name: getattr(self, name) for name in names}}
+    def training(self, backbone: Backbone) -> AffinityTraining:  # noqa: D102 - inherited
+        return AffinityTraining(backbone, radius=self.radius, lr=self.lr)
 
-    def fit(  # noqa: D102 - inherited
-        self,
-        folder: Path,
-        pictures: Sequence[Picture],
-        read_seed: Callable[[Picture], Seed],
-        backbone: Backbone,
-        make_trainer: Callable[..., pl.Trainer],
-        *,
-        num_workers: int,
-    ) -> None:
-        training = AffinityTraining(backbone, radius=self.radius, lr=self.lr)
-        train_heads(
-            folder,
-            training,
-            pictures,
-            partial(self._label, read_seed),
-            make_trainer,
-            crop=self.crop,
-            stride=STRIDE,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            num_workers=num_workers,
-        )
-        save_head(folder, training.head)
-
-    def _label(
-        self, read_seed: Callable[[Picture], Seed], picture: Picture, image: Image.Image
-    ) -> np.ndarray:
+    def label(self, image: Image.Image, seed: Seed) -> np.ndarray:  # noqa: D102 - inherited
         return affinity_labels(
-            image, read_seed(picture), self.labels, low=self.low, high=self.high, stride=STRIDE
+            image, seed, self.labels, low=self.low, high=self.high, stride=self.cell
         )
-
-    def load(self, folder: Path, backbone: Backbone, device: str) -> None:  # noqa: D102 - inherited
-        head = AffinityNetwork(stage_channels(backbone))
-        load_head(folder, head)
-        self._head = head.eval().to(device)
-        self._backbone = backbone.fused().to(device)
 
     @torch.inference_mode()
     def affinity(self, image: Image.Image) -> Tensor:
         """Affinity ``(O, h, w)`` of each cell of the stride-8 grid to its neighbours."""
-        pixels = normalize(image, self._backbone.mean, self._backbone.std)[None]
-        stages = self._backbone.stages(pixels.to(self._head.merge.weight))
-        grid = -(-image.height // STRIDE), -(-image.width // STRIDE)
+        head, backbone = self._trained.head, self._trained.backbone
+        pixels = normalize(image, backbone.mean, backbone.std)[None]
+        stages = backbone.stages(pixels.to(head.merge.weight))
+        grid = -(-image.height // self.cell), -(-image.width // self.cell)
         margin = self.radius - 1
         # What is padded pairs with cells outside the grid only, which the walk leaves out.
-        padded = F.pad(self._head(stages, grid), (margin, margin, 0, margin))
+        padded = F.pad(head(stages, grid), (margin, margin, 0, margin))
         return feature_affinity(padded, self.radius)[0]
 
     def refine(self, image_id: str, image: Image.Image, seed: Seed) -> Seed:  # noqa: D102 - inherited
         if not len(seed.keys):
             return seed
         maps = seed.full_size()
-        scores = cell_means(torch.cat([background_score(maps, self.power), maps]), STRIDE)
+        scores = cell_means(torch.cat([background_score(maps, self.power), maps]), self.cell)
         walked = propagate(
             scores, self.affinity(image).cpu(), radius=self.radius, beta=self.beta, steps=self.steps
         )

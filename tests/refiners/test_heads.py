@@ -7,7 +7,9 @@ from PIL import Image
 
 from lpcam.data.dataset import Picture
 from lpcam.errors import InputError
-from lpcam.refiners.heads import LabelledCrops, check_crop, load_head, resize, save_head
+from lpcam.refiners.heads import HeadRefiner, LabelledCrops, load_head, resize, save_head
+from lpcam.refiners.irn import IRN
+from lpcam.refiners.psa import PSA
 
 
 def crops_of(
@@ -87,11 +89,15 @@ def test_labels_are_made_once(tmp_path: Path) -> None:
         assert (np.asarray(image) == 200).all()
 
 
-@pytest.mark.parametrize(("crop", "stride", "radius"), [(72, 4, 10), (78, 4, 10), (64, 8, 1)])
-def test_crops_that_leave_no_pair_are_refused(crop: int, stride: int, radius: int) -> None:
-    check_crop(76, 4, 10)
-    with pytest.raises(InputError, match=f"refiner.crop={crop}"):
-        check_crop(crop, stride, radius)
+@pytest.mark.parametrize(
+    ("kind", "settings"), [(IRN, {"crop": 72}), (IRN, {"crop": 78}), (PSA, {"radius": 1})]
+)
+def test_crops_that_leave_no_pair_are_refused(
+    kind: type[HeadRefiner], settings: dict[str, int]
+) -> None:
+    IRN(crop=76)
+    with pytest.raises(InputError, match=r"refiner\.crop="):
+        kind(**settings)
 
 
 def test_weights_come_back(tmp_path: Path) -> None:

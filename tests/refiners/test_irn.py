@@ -63,16 +63,16 @@ def test_mean_displacement_is_nothing(task: Task, trained: tuple[Path, list[floa
     for picture in task.pictures:
         with Image.open(picture.path) as image:
             pixels = torch.from_numpy(np.array(image, np.float64)).permute(2, 0, 1) / 255
-        backbone = refiner._backbone
+        backbone = refiner._trained.backbone
         pixels = (pixels - torch.tensor(backbone.mean)[:, None, None]) / torch.tensor(backbone.std)[
             :, None, None
         ]
         with torch.no_grad():
             features = backbone.stages(pixels[None].float())
-            found = refiner._head.displacement(features, grid_size(pixels.shape[1:]))
+            found = refiner._trained.head.displacement(features, grid_size(pixels.shape[1:]))
         means.append(found.mean((0, 2, 3)))
     torch.testing.assert_close(torch.stack(means).mean(0), torch.zeros(2), rtol=0, atol=1e-4)
-    assert refiner._head.mean_shift.abs().max() > 0
+    assert refiner._trained.head.mean_shift.abs().max() > 0
 
 
 def test_boundaries_do_not_depend_on_mirroring(trained: tuple[Path, list[float]]) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from lpcam.backbones import build_backbone
 from lpcam.errors import InputError
 from lpcam.refiners.heads import stage_channels
-from lpcam.refiners.psa import PSA, AffinityNetwork, feature_affinity
+from lpcam.refiners.psa import POWERS, PSA, AffinityNetwork, feature_affinity
 from lpcam.refiners.random_walk import pair_offsets
 from lpcam.seeds import Seed, grid_size, load_seed, save_seed
 from tests.oracles import random_walk as oracle
@@ -141,11 +141,22 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"low": 2, "high": 1}, "refiner.low=2"), ({"low": 0}, "refiner.low=0"),
-     ({"crop": 60}, "refiner.crop=60")],
+     ({"crop": 60}, "refiner.crop=60"), ({"powers": "best"}, "refiner.powers=best")],
 )  # fmt: skip
 def test_settings_outside_their_range(settings: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         PSA(**settings)
+
+
+@pytest.mark.parametrize("name", POWERS)
+def test_powers_by_name(name: str) -> None:
+    refiner = PSA(powers=name)
+    assert (refiner.low, refiner.high, refiner.power) == POWERS[name]
+
+
+def test_single_values_take_precedence() -> None:
+    refiner = PSA(powers="psa", low=1)
+    assert (refiner.low, refiner.high, refiner.power) == (1, 32, 16)
 
 
 def test_what_results_depend_on() -> None:

@@ -71,7 +71,7 @@ class RelationTraining(HeadTraining):
         return affinity_loss(affinity, pairs) + apart / 2
 
     @torch.no_grad()
-    def find_mean_shift(self, pictures: Sequence[Picture]) -> None:
+    def finish(self, pictures: Sequence[Picture]) -> None:
         """Store the mean displacement over pictures, each counting the same."""
         self.eval()
         self.head.mean_shift.zero_()
