@@ -12,6 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from lpcam.done import done_metrics, headline, write_done, write_json
 from lpcam.entry import build, choices, command_line, job, run
 
 
@@ -19,18 +20,16 @@ from lpcam.entry import build, choices, command_line, job, run
 @job
 def main(cfg: DictConfig) -> float | None:
     """Run every stage; return the mIoU on the last split, of refined maps where there are any."""
-    from lpcam import outputs
-
     start_time = time.perf_counter()
     output = Path(cfg.paths.output)
     config = OmegaConf.to_container(cfg, resolve=True)
     last = cfg.dataset.map_splits[-1]
-    metrics = outputs.done_metrics(output, config)
+    metrics = done_metrics(output, config)
     if metrics is not None:  # without masks there are none
         print(f"Already done: {output}")
-        return outputs.headline(metrics, last)
+        return headline(metrics, last)
 
-    from lpcam import map_stages
+    from lpcam import map_stages, outputs
     from lpcam.prototype_set import fingerprint
     from lpcam.reporting.report import Method, print_table, write_report
     from lpcam.reporting.shown import choose_pictures, show
@@ -54,18 +53,18 @@ def main(cfg: DictConfig) -> float | None:
         for key, value in result.metrics(dataset.classes, own.threshold(name)).items()
     }
     write_atomically(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    outputs.write_json(output / "metrics.json", metrics)
+    write_json(output / "metrics.json", metrics)
     replace(own.prototypes, model=fingerprint(own.classifier)).save(
         output / "prototypes.safetensors"
     )
-    masked = "refined" if refined else cfg.refiner.source
     for split in dataset.map_splits:
         outputs.export(
             output,
             maps[cfg.refiner.source][split],
-            maps[masked][split],
+            refined.get(split),
             dataset.pictures(split),
-            own.threshold(masked),
+            own.threshold("refined" if refined else cfg.refiner.source),
+            cfg.thresholds.unsure_band,
         )
     stages = {"features": own.features, "clustering": own.clustering[0]}
     stages |= {f"{name} of {split}": stage for name in maps for split, stage in maps[name].items()}
@@ -110,10 +109,10 @@ def main(cfg: DictConfig) -> float | None:
             )
     seconds = {"total": time.perf_counter() - start_time}
     seconds |= {name: stage.seconds for name, stage in stages.items() if stage.seconds is not None}
-    outputs.write_done(output, config, seconds, metrics)
+    write_done(output, config, seconds, metrics)
     print_table(scores, titles)
     print(f"Results: {output / ('report.html' if cfg.report else '')}")
-    return outputs.headline(metrics, last)
+    return headline(metrics, last)
 
 
 ARTIFACTS = {"prototypes": "prototypes.safetensors", "metrics": "metrics.json"}

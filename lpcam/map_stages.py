@@ -5,6 +5,7 @@ store and computes what is missing.
 """
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from lpcam.classifier import Classifier
@@ -29,6 +29,7 @@ from lpcam.data.dataset import (
 from lpcam.errors import InputError
 from lpcam.evaluation.segmentation import SegmentationResult, SegmentationScore
 from lpcam.inference import LPCAMCallback, MapHead
+from lpcam.parallel import for_each
 from lpcam.pipeline import MakeTrainer, predict, tensor_digest
 from lpcam.prototypes import Prototypes
 from lpcam.refiners.base import Refiner, TrainedRefiner
@@ -162,15 +163,18 @@ def _maps_from_kept(
 ) -> None:
     """What a pass of :class:`LPCAMCallback` would write, without the backbone."""
     writer = LPCAMCallback(classifier.weight, heads, eps=eps)
-    labels = torch.from_numpy(multi_hot(pictures, classifier.num_classes)).bool()
-    for picture, own in zip(track(pictures, "Maps"), labels, strict=True):
+
+    def write(picture: Picture) -> None:
         if all((head.folder / f"{picture.id}.npz").is_file() for head in heads):
-            continue
+            return
         with open_image(picture.path, decode=False) as image:
             size = (image.height, image.width)
         with np.load(views.folder / f"{picture.id}.npz", allow_pickle=False) as file:
             features = [torch.from_numpy(file[name])[None, None].float() for name in file.files]
-        writer.write([picture.id], features, own[None], size)
+        labels = torch.from_numpy(multi_hot([picture], classifier.num_classes)).bool()
+        writer.write([picture.id], features, labels, size)
+
+    for_each(write, pictures, "Maps")
 
 
 def scores(
@@ -221,10 +225,12 @@ def _score(
             folder = stack.enter_context(stages[key].build())
             if folder:
                 todo.append((folder, found[key].folder, SegmentationScore(len(dataset.classes))))
-        for picture in track(pictures, "Scoring") if todo else ():
+        adding = threading.Lock()
+
+        def score(picture: Picture) -> None:
             mask = dataset.mask(picture)
             if mask is None:
-                continue
+                return
             for _, source, total in todo:
                 seed = load_seed(source / f"{picture.id}.npz")
                 if mask.shape != seed.size:
@@ -233,7 +239,12 @@ def _score(
                         f"{mask.shape[0]} pixels, picture of {seed.size[1]}x{seed.size[0]}; "
                         "give its own mask"
                     )
-                total.update(seed.full_size(), seed.keys, mask)
+                counts = total.count(seed.full_size(), seed.keys, mask)
+                with adding:
+                    total.histogram += counts
+
+        if todo:
+            for_each(score, pictures, "Scoring")
         for folder, _, total in todo:
             np.save(folder / "histogram.npy", total.histogram)
 
@@ -310,9 +321,13 @@ def refined(
             if isinstance(refiner, TrainedRefiner):
                 device = "cuda" if torch.cuda.is_available() else "cpu"
                 refiner.load(trained.folder, classifier.backbone, device)
-            for picture in track(pictures, f"Refining {split}"):
-                target = folder / f"{picture.id}.npz"
-                if not target.is_file():
-                    seed = _read_seed(found[split].folder, picture)
-                    save_seed(target, refiner.refine(picture.id, open_picture(picture.path), seed))
+            refine = partial(_refine, refiner, found[split].folder, folder)
+            for_each(refine, pictures, f"Refining {split}")
     return stages
+
+
+def _refine(refiner: Refiner, seeds: Path, folder: Path, picture: Picture) -> None:
+    target = folder / f"{picture.id}.npz"
+    if not target.is_file():
+        seed = _read_seed(seeds, picture)
+        save_seed(target, refiner.refine(picture.id, open_picture(picture.path), seed))

@@ -1,97 +1,59 @@
 """What a run puts into its own folder, and what its report says about prototypes."""
 
 import functools
-import json
 import shutil
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.progress import track
 
 from lpcam.classifier import Classifier
 from lpcam.data.dataset import Picture, SegmentationDataset
+from lpcam.parallel import for_each
 from lpcam.pipeline import read_features
 from lpcam.prototypes import SIDES, Centers, Prototypes, class_score
 from lpcam.reporting.report import PrototypeView
-from lpcam.seeds import load_seed, save_mask, seed_mask
-from lpcam.store import Stage, digest, write_atomically
-
-
-def done_metrics(output: Path, config: Mapping[str, Any]) -> dict[str, float] | None:
-    """The metrics of a run that was finished in this folder with this config; None if none was."""
-    path = output / "DONE.json"
-    try:
-        done = json.loads(path.read_text())
-        metrics: dict[str, float] = done["metrics"]
-        return metrics if done["config"] == config_digest(config) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def config_digest(config: Mapping[str, Any]) -> str:
-    """Hash a run's config without where its files go, and with the version that read it."""
-    wanted = {name: value for name, value in config.items() if name not in ("paths", "logger")}
-    return digest({**wanted, "version": version("lpcam")})
-
-
-def write_done(
-    output: Path,
-    config: Mapping[str, Any],
-    seconds: Mapping[str, float],
-    metrics: Mapping[str, float],
-) -> None:
-    """Mark a run as finished; the last file that it writes.
-
-    Args:
-        output: The run's folder.
-        config: Its resolved config.
-        seconds: What it took: ``total``, and each stage that it computed itself.
-        metrics: What ``metrics.json`` holds.
-    """
-    rounded = {name: round(value, 3) for name, value in seconds.items()}
-    done = {"config": config_digest(config), "seconds": rounded, "metrics": dict(metrics)}
-    write_json(output / "DONE.json", done)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file."""
-    write_atomically(path, json.dumps(value, indent=1))
-
-
-def headline(metrics: Mapping[str, float], split: str) -> float | None:
-    """The one number of a run: mIoU of the refined maps, or of LPCAM; None without masks."""
-    found = (metrics.get(f"{split}/{stage}/miou") for stage in ("refined", "lpcam"))
-    return next((value for value in found if value is not None), None)
+from lpcam.seeds import load_seed, mark_unsure, save_mask, seed_mask
+from lpcam.store import Stage
 
 
 def export(
-    output: Path, seeds: Stage, scores: Stage, pictures: Sequence[Picture], background: float
+    output: Path,
+    seeds: Stage,
+    refined: Stage | None,
+    pictures: Sequence[Picture],
+    background: float,
+    unsure_band: float,
 ) -> None:
     """Put maps and pseudo masks into a run's folder.
 
     Args:
-        output: The run's folder; gets ``maps/<id>.npz`` and ``masks/<id>.png``.
+        output: The run's folder; gets ``maps/<id>.npz``, with a refiner ``refined/<id>.npz`` too,
+            and ``masks/<id>.png``.
         seeds: The maps.
-        scores: What the masks are made from: the same maps, or refined ones.
+        refined: Scores that a refiner made of them. The masks come from these where there are any.
         pictures: Which.
         background: The background score of the masks.
+        unsure_band: See :func:`~lpcam.seeds.mark_unsure`.
     """
-    for name in ("maps", "masks"):
+    linked = {"maps": seeds} | ({"refined": refined} if refined else {})
+    for name in (*linked, "masks"):
         (output / name).mkdir(parents=True, exist_ok=True)
-    for picture in track(pictures, "Writing masks"):
-        source, target = (
-            folder / f"{picture.id}.npz" for folder in (seeds.folder, output / "maps")
-        )
-        target.unlink(missing_ok=True)
-        try:
-            target.hardlink_to(source)
-        except OSError:  # another file system
-            shutil.copyfile(source, target)
-        seed = load_seed(scores.folder / f"{picture.id}.npz")
-        mask = seed_mask(seed.full_size(), seed.keys, background)
+
+    def write(picture: Picture) -> None:
+        file = f"{picture.id}.npz"
+        for name, stage in linked.items():
+            target = output / name / file
+            target.unlink(missing_ok=True)
+            try:
+                target.hardlink_to(stage.folder / file)
+            except OSError:  # another file system
+                shutil.copyfile(stage.folder / file, target)
+        seed = load_seed((refined or seeds).folder / file)
+        maps = seed.full_size()
+        mask = seed_mask(maps, seed.keys, background)
+        mask = mark_unsure(mask, maps, background, unsure_band)
         save_mask(output / "masks" / f"{picture.id}.png", mask)
+
+    for_each(write, pictures, "Writing masks")
 
 
 def prototype_views(

@@ -152,10 +152,26 @@ def test_a_refiner_makes_scores_and_the_masks(program, own: Path, options: list[
     values = metrics(own, "run")
     assert {f"{split}/refined/miou" for split in ("train", "val")} <= values.keys()
     (stage, *_) = own.glob("store/refined/*/val_00000.npz")
-    assert stage.is_file()
+    assert stage.read_bytes() == (own / "run" / "refined" / "val_00000.npz").read_bytes()
     with np.load(own / "run" / "maps" / "val_00000.npz") as seed:
         assert seed["maps"].shape[1:] == tuple((side - 1) // 4 + 1 for side in seed["size"])
     assert len(list((own / "run" / "masks").iterdir())) == 24
+
+
+def test_masks_leave_unsure_pixels_open(program, own: Path) -> None:
+    program("infer", *TINY, *TINY_INFER, "report=false", *at(own, "sure"))
+    band = "thresholds.unsure_band=0.1"
+    program("infer", *TINY, *TINY_INFER, band, "report=false", *at(own, "unsure"))
+    opened = 0
+    for path in (own / "sure" / "masks").iterdir():
+        sure, other = (
+            np.array(Image.open(own / run / "masks" / path.name)) for run in ("sure", "unsure")
+        )
+        open_ = other == 255
+        assert (sure[~open_] == other[~open_]).all()
+        opened += open_.sum()
+    assert opened > 100
+    assert metrics(own, "sure") == metrics(own, "unsure")
 
 
 def test_a_refiner_that_lacks_its_files_says_so(program, own: Path) -> None:

@@ -36,12 +36,21 @@ class SegmentationScore:
         self._thresholds = np.arange(bins + 1) / bins
 
     def update(self, maps: Tensor, classes: Sequence[int] | np.ndarray, mask: np.ndarray) -> None:
-        """Count the pixels of one picture.
+        """Add the pixels of one picture; see :meth:`count`."""
+        self.histogram += self.count(maps, classes, mask)
+
+    def count(
+        self, maps: Tensor, classes: Sequence[int] | np.ndarray, mask: np.ndarray
+    ) -> np.ndarray:
+        """Count the pixels of one picture, without adding them.
 
         Args:
             maps: Maps ``(L, H, W)`` in 0..1 of the classes that the image label names.
             classes: Their class indices ``(L,)``. Without any, all is predicted background.
             mask: True labels ``(H, W)`` uint8: 0 background, class index + 1, 255 ignored.
+
+        Returns:
+            Counts of the shape of ``histogram``.
 
         Raises:
             InputError: Sizes differ, a class or label is out of range, or a map holds NaN. The
@@ -68,7 +77,7 @@ class SegmentationScore:
         strongest, level = self._predict(maps, classes)
         index = (truth * num_classes + strongest[known]) * levels + level[known]
         counts = np.bincount(index, minlength=self.histogram.size)
-        self.histogram += counts.reshape(self.histogram.shape)
+        return counts.reshape(self.histogram.shape)
 
     def _predict(
         self, maps: Tensor, classes: Sequence[int] | np.ndarray

@@ -22,6 +22,9 @@ from lpcam.seeds import Seed
 
 BACKENDS = ("pydensecrf", "exact")
 UNARIES = ("constant", "power", "labels")
+IMAGE_MODES = ("raw", "legacy_wrap")
+# Of Caffe's networks, in steps of 8-bit colour.
+MEAN_RGB = (122.675, 116.669, 104.008)
 # What a probability of 0 counts as, in every published pipeline.
 SMALLEST = 1e-5
 # Pairs of pixels that the exact backend has in memory at a time.
@@ -165,6 +168,21 @@ def check_backend(backend: str) -> None:
             ) from error
 
 
+def wrapped_pixels(image: np.ndarray) -> np.ndarray:
+    """A picture as the CRF of deeplab-pytorch and CLIP-ES sees it; their scores include this.
+
+    They hand over what their network reads, colours minus their mean, as 8-bit numbers: what is
+    below the mean wraps round to bright. (Their order of channels, BGR, means nothing to a CRF.)
+
+    Args:
+        image: The picture ``(H, W, 3)`` uint8, RGB.
+
+    Returns:
+        ``(H, W, 3)`` uint8.
+    """
+    return (image - np.array(MEAN_RGB)).astype(np.int64).astype(np.uint8)
+
+
 def scores_against_background(probabilities: Tensor) -> Tensor:
     """Turn probabilities into scores of the classes that exceed 0.5 where a class wins.
 
@@ -254,6 +272,8 @@ class CRF(Refiner):
             ``constant``, next to a background of b; ``power``, next to one of
             ``(1 - strongest map)^b``; ``labels``, the labels of ``constant`` trusted to 0.7.
         unary_background: See above.
+        image_mode: What the CRF sees: ``raw``, the picture, or ``legacy_wrap``, see
+            :func:`wrapped_pixels`.
         backend: See :func:`dense_crf`.
         device: Where the backend ``exact`` computes, such as "cuda".
         **options: See :class:`~lpcam.refiners.base.Refiner`.
@@ -268,6 +288,7 @@ class CRF(Refiner):
         parameters: str | Mapping[str, float] = "psa",
         unary: str = "constant",
         unary_background: float = 0.5,
+        image_mode: str = "raw",
         backend: str = "pydensecrf",
         device: str = "cpu",
         **options: Any,
@@ -275,9 +296,14 @@ class CRF(Refiner):
         super().__init__(**options)
         if unary not in UNARIES:
             raise InputError(f"refiner.unary={unary}: unknown; choose from {', '.join(UNARIES)}")
+        if image_mode not in IMAGE_MODES:
+            raise InputError(
+                f"refiner.image_mode={image_mode}: unknown; choose {' or '.join(IMAGE_MODES)}"
+            )
         self.parameters = crf_parameters(parameters)
         self.unary = unary
         self.unary_background = unary_background
+        self.image_mode = image_mode
         self.backend = backend
         self.device = device
 
@@ -293,6 +319,9 @@ class CRF(Refiner):
             scored = with_background(maps, self.unary_background, power=self.unary == "power")
             if self.unary == "labels":
                 scored = label_probabilities(scored.argmax(0), len(scored))
-            found = dense_crf(np.array(image), scored, self.parameters, backend=self.backend)
+            pixels = np.array(image)
+            if self.image_mode == "legacy_wrap":
+                pixels = wrapped_pixels(pixels)
+            found = dense_crf(pixels, scored, self.parameters, backend=self.backend)
             maps = scores_against_background(found)
         return Seed(seed.keys, maps.half().cpu().numpy(), seed.size)

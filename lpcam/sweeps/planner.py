@@ -9,8 +9,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lpcam import map_stages
+from lpcam.done import done_metrics
 from lpcam.entry import USER_ERRORS
-from lpcam.outputs import done_metrics
 from lpcam.run import Run
 
 

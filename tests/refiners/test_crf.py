@@ -1,4 +1,5 @@
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lpcam.refiners.crf import (
     label_probabilities,
     scores_against_background,
     with_background,
+    wrapped_pixels,
 )
 from lpcam.seeds import Seed, load_seed, save_seed, seed_mask
 from tests.oracles.crf import mean_field
@@ -216,6 +218,7 @@ def test_inputs() -> None:
         "parameters": own,
         "unary": "labels",
         "unary_background": 0.3,
+        "image_mode": "raw",
         "backend": "exact",
     }
 
@@ -234,3 +237,41 @@ def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"pip install 'lpcam\[crf\]'.*backend=exact") as caught:
         CRF().inputs([])
     assert "\n" not in str(caught.value)
+
+
+def test_wrapped_pixels() -> None:
+    image = np.array([[[122, 116, 104], [117, 111, 99], [255, 0, 200]]], np.uint8)
+    # -0.675 and -0.669 are cut to 0, -5.675, -5.669 and -5.008 to -5, which is 251.
+    assert wrapped_pixels(image).tolist() == [[[0, 0, 0], [251, 251, 251], [132, 140, 95]]]
+
+
+def test_the_picture_that_the_crf_sees() -> None:
+    picture, maps = Image.effect_noise((20, 16), 80).convert("RGB"), np.random.rand(1, 4, 5)
+    seed = Seed(np.array([2]), maps.astype(np.float16), (16, 20))
+    raw, wrapped = (
+        CRF(backend="exact", image_mode=mode).refine("", picture, seed).maps
+        for mode in ("raw", "legacy_wrap")
+    )
+    seen = Image.fromarray(wrapped_pixels(np.array(picture)))
+    assert (wrapped == CRF(backend="exact").refine("", seen, seed).maps).all()
+    assert (wrapped != raw).any()
+    with pytest.raises(InputError, match=r"refiner\.image_mode=bgr"):
+        CRF(image_mode="bgr")
+
+
+def test_threads_change_nothing() -> None:
+    """Pictures are refined several at a time."""
+    pytest.importorskip("pydensecrf")
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 255, (40 + i, 50, 3), np.uint8) for i in range(8)]
+    seeds = [
+        Seed(np.arange(2), random.random((2, 10, 13)).astype(np.float16), image.shape[:2])
+        for image in pictures
+    ]
+
+    def refine(i: int) -> np.ndarray:
+        return CRF().refine("", Image.fromarray(pictures[i]), seeds[i]).maps
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(refine, range(8)))
+    assert all((found == refine(i)).all() for i, found in enumerate(together))
