@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpcam.arrays import read_arrays
 from lpcam.classifier import Classifier
 from lpcam.data.dataset import (
     Picture,
@@ -169,8 +170,8 @@ def _maps_from_kept(
             return
         with open_image(picture.path, decode=False) as image:
             size = (image.height, image.width)
-        with np.load(views.folder / f"{picture.id}.npz", allow_pickle=False) as file:
-            features = [torch.from_numpy(file[name])[None, None].float() for name in file.files]
+        kept = read_arrays(views.folder / f"{picture.id}.npz")
+        features = [torch.from_numpy(own)[None, None].float() for own in kept.values()]
         labels = torch.from_numpy(multi_hot([picture], classifier.num_classes)).bool()
         writer.write([picture.id], features, labels, size)
 

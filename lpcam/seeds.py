@@ -6,10 +6,9 @@ pickled. ``np.load`` reads it.
 """
 
 import io
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import ZIP_BZIP2, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
+from zipfile import ZIP_BZIP2, ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
 import torch
@@ -17,11 +16,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from lpcam.arrays import DAMAGE, read_arrays
 from lpcam.errors import InputError
 from lpcam.store import write_atomically
 
-# Everything that numpy raises on a missing, cut or overwritten .npz file.
-DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zlib.error, BadZipFile)
 # Maps are stored in multiples of this, at most 0.001 off: a tenth of the step between the
 # thresholds that they are scored at. The digits below are noise, and noise does not compress.
 STEP = 2**-9
@@ -81,9 +79,9 @@ def load_seed(path: Path) -> Seed:
         InputError: The file is missing or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            height, width = (int(side) for side in file["size"])
-            return Seed(file["keys"], file["maps"], (height, width))
+        arrays = read_arrays(path)
+        height, width = (int(side) for side in arrays["size"])
+        return Seed(arrays["keys"], arrays["maps"], (height, width))
     except DAMAGE as error:
         raise InputError(f"{path}: not a readable seed record ({error}); delete it") from error
 

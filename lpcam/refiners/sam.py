@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lpcam.arrays import DAMAGE, read_arrays
 from lpcam.data.dataset import Picture
 from lpcam.data.files import files_digest
 from lpcam.errors import InputError
 from lpcam.refiners.base import Refiner
-from lpcam.seeds import DAMAGE, Seed, scores_of_labels, seed_mask
+from lpcam.seeds import Seed, scores_of_labels, seed_mask
 
 
 def merge_masks(
@@ -108,8 +109,7 @@ def read_masks(path: Path, size: tuple[int, int]) -> np.ndarray:
         InputError: The file is missing, damaged, or holds something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            masks = file["masks"]
+        masks = read_arrays(path)["masks"]
     except DAMAGE as error:
         raise InputError(f"{path}: not readable masks ({error}); make the file again") from error
     if masks.dtype != bool or masks.ndim != 3 or masks.shape[1:] != size:
