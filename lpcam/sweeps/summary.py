@@ -162,11 +162,11 @@ def _cost(sweep: Sweep) -> str:
     totals = {job.folder.name: job.seconds["total"] for job in sweep.done if "total" in job.seconds}
     if not totals:
         return "No job has left how long it took."
-    dearest = max(totals, key=lambda name: totals[name])
+    longest = max(totals, key=lambda name: totals[name])
     middle = sorted(totals.values())[len(totals) // 2]
     return (
-        f"Together the jobs took {sum(totals.values()):,.1f} seconds; the dearest, {dearest}, "
-        f"{totals[dearest]:,.1f}, the median {middle:,.1f}."
+        f"Together the jobs took {sum(totals.values()):,.1f} seconds; the longest, {longest}, "
+        f"{totals[longest]:,.1f}, the median {middle:,.1f}."
     )
 
 
