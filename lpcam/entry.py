@@ -42,9 +42,6 @@ def run(main: Callable[[], Any], project_root: Path) -> None:
     # By environment, for the processes that launchers start have no other word from this one.
     os.environ["LPCAM_PROJECT"] = str(project_root)
     os.environ["LPCAM_SWEEP"] = _sweep_name(sys.argv[1:])
-    # Threads of torch that wait for each other spin. Where another program uses a core as well,
-    # they spin most of the time: clustering took 20 times as long beside one busy process.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.captureWarnings(True)
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
