@@ -137,6 +137,7 @@ class PSA(HeadRefiner):
         radius: See :class:`~lpcam.refiners.heads.HeadRefiner`; cells are of 8 pixels.
         lr: Likewise.
         beta: Likewise.
+        steps: Likewise.
         **options: Likewise.
 
     Raises:
@@ -157,12 +158,13 @@ class PSA(HeadRefiner):
         radius: int = 5,
         lr: float = 1.0,
         beta: float = 8,
+        steps: int = 32,
         **options: Any,
     ) -> None:
         if powers not in POWERS:
             names = ", ".join(POWERS)
             raise InputError(f"refiner.powers={powers}: unknown; choose among {names}")
-        super().__init__(radius=radius, lr=lr, beta=beta, **options)
+        super().__init__(radius=radius, lr=lr, beta=beta, steps=steps, **options)
         named = POWERS[powers]
         self.low = named.low if low is None else low
         self.high = named.high if high is None else high
