@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 
 NASTY = ['<script>alert("x")</script>', "\"'><img src=x onerror=alert(1)>", r"$\frac$ &amp; 鳥"]
-VOID = {"meta", "link", "img", "br", "hr", "input"}
+VOID = {"meta", "link", "img", "br", "wbr", "hr", "input"}
 
 
 class Page(HTMLParser):
