@@ -11,7 +11,7 @@ touch $@
 endef
 
 API := $(addprefix lpcam.,explainer prototype_set prototype_head feature_layers views visualize \
-	export functional kmeans prototypes evaluation backbones)
+	export functional kmeans centers prototypes evaluation backbones)
 
 .PHONY: help demo test lint format docs clean
 

@@ -12,7 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lpcam.done import done_metrics, headline, write_done, write_json
+from lpcam.done import done_metrics, headline, write_done
 from lpcam.entry import build, choices, command_line, job, run
 
 
@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> float | None:
     from lpcam.reporting.shown import choose_pictures, show
     from lpcam.reporting.tracking import log_results, recording, start
     from lpcam.run import Run
-    from lpcam.store import is_main_process, write_atomically
+    from lpcam.store import is_main_process, write_atomically, write_json
 
     overrides = HydraConfig.get().overrides.task
     own = Run(cfg, overrides)

@@ -3,7 +3,6 @@
 ``python train.py --help`` lists the groups, ``--cfg job`` shows what will run.
 """
 
-import json
 from pathlib import Path
 
 import hydra
@@ -18,18 +17,18 @@ def main(cfg: DictConfig) -> float | None:
     """Train, unless the store holds this classifier; return its validation mAP."""
     import pytorch_lightning as pl
 
-    from lpcam import pipeline
+    from lpcam import training
     from lpcam.backbones import build_backbone
     from lpcam.classifier import Classifier
     from lpcam.reporting.tracking import finish, log_files, start, tolerated
-    from lpcam.store import write_atomically
+    from lpcam.store import write_json
 
     dataset = build(cfg.dataset)
     dataset.prepare()
     pl.seed_everything(cfg.seed, verbose=False)
     backbone = build_backbone(cfg.backbone.name, cfg.backbone.weights)
     settings = OmegaConf.to_container(cfg.classifier)
-    stage = pipeline.classifier_stage(Path(cfg.paths.store), dataset, backbone, settings, cfg.seed)
+    stage = training.classifier_stage(Path(cfg.paths.store), dataset, backbone, settings, cfg.seed)
     if stage.done:
         print(f"Already trained: {stage.folder / 'last.ckpt'}")
         return None
@@ -51,7 +50,7 @@ def main(cfg: DictConfig) -> float | None:
         if cfg.logger:
             with tolerated():
                 logger = start(build(cfg.logger), config, choices(), SUMMARIES)
-        metrics = pipeline.train(
+        metrics = training.train(
             Path(cfg.paths.store),
             stage,
             build(cfg.trainer),
@@ -70,7 +69,7 @@ def main(cfg: DictConfig) -> float | None:
                 log_files(logger, made={f"classifier-{stage.key}": stage.folder / "last.ckpt"})
     finally:
         finish()
-    write_atomically(Path(cfg.paths.output) / "metrics.json", json.dumps(metrics, indent=1))
+    write_json(Path(cfg.paths.output) / "metrics.json", metrics)
     print(f"Trained: {stage.folder / 'last.ckpt'}")
     print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
     return metrics.get("val/map")

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lpcam.store import digest, write_atomically
+from lpcam.store import digest, write_json
 
 
 def done_metrics(output: Path, config: Mapping[str, Any]) -> dict[str, float] | None:
@@ -46,11 +46,6 @@ def write_done(
     rounded = {name: round(value, 3) for name, value in seconds.items()}
     done = {"config": config_digest(config), "seconds": rounded, "metrics": dict(metrics)}
     write_json(output / "DONE.json", done)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file."""
-    write_atomically(path, json.dumps(value, indent=1))
 
 
 def headline(metrics: Mapping[str, float], split: str) -> float | None:

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
+from lpcam.centers import Centers
 from lpcam.errors import InputError
 from lpcam.feature_layers import evaluating, find_feature_layers
 from lpcam.functional import class_activation_map, merge_scales, normalize_maps
 from lpcam.prototype_head import SIGNED, PrototypeHead
 from lpcam.prototype_set import Prototypes, fingerprint
-from lpcam.prototypes import Centers, fit_prototypes
+from lpcam.prototypes import fit_prototypes
 from lpcam.views import SINGLE_VIEW, Views, check_pictures, view_features
 
 

@@ -32,7 +32,7 @@ from lpcam.evaluation.segmentation import SegmentationResult, SegmentationScore
 from lpcam.inference import LPCAMCallback, MapHead
 from lpcam.parallel import for_each
 from lpcam.pipeline import MakeTrainer, predict, tensor_digest
-from lpcam.prototypes import Prototypes
+from lpcam.prototype_set import Prototypes
 from lpcam.refiners.base import Refiner, TrainedRefiner
 from lpcam.seeds import Seed, load_seed, save_seed
 from lpcam.store import Stage, digest, is_main_process

@@ -5,11 +5,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from lpcam.centers import Centers
 from lpcam.classifier import Classifier
 from lpcam.data.dataset import Picture, SegmentationDataset
 from lpcam.parallel import for_each
 from lpcam.pipeline import read_features
-from lpcam.prototypes import SIDES, Centers, Prototypes, class_score
+from lpcam.prototype_set import SIDES, Prototypes
+from lpcam.prototypes import class_score
 from lpcam.reporting.report import PrototypeView
 from lpcam.seeds import load_seed, mark_unsure, save_mask, seed_mask
 from lpcam.store import Stage

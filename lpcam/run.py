@@ -12,13 +12,15 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
-from lpcam import map_stages, pipeline
+from lpcam import map_stages, pipeline, training
 from lpcam.backbones import build_backbone
+from lpcam.centers import Centers
 from lpcam.classifier import Classifier, load_classifier
 from lpcam.data.dataset import SegmentationDataset
 from lpcam.entry import build, command_line
 from lpcam.map_stages import MapSetting, lpcam_setting
-from lpcam.prototypes import Centers, Prototypes, select
+from lpcam.prototype_set import Prototypes
+from lpcam.prototypes import select
 from lpcam.refiners.base import Refiner, TrainedRefiner
 from lpcam.store import Stage, digest
 
@@ -223,8 +225,8 @@ def _load(
         trained, checkpoint = None, Path(cfg.ckpt).expanduser()
     else:
         settings: Any = OmegaConf.to_container(cfg.classifier)
-        trained = pipeline.classifier_stage(
+        trained = training.classifier_stage(
             Path(cfg.paths.store), dataset, backbone, settings, cfg.seed
         )
-        checkpoint = pipeline.trained_checkpoint(trained, train_command)
+        checkpoint = training.trained_checkpoint(trained, train_command)
     return dataset, trained, checkpoint, load_classifier(checkpoint, backbone, len(dataset.classes))

@@ -56,6 +56,11 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     temporary.replace(path)
 
 
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file."""
+    write_atomically(path, json.dumps(value, indent=1))
+
+
 class Stage:
     """One result in the store, there or still to be computed.
 
@@ -119,7 +124,7 @@ class Stage:
             yield self._partial
             self.seconds = round(time.perf_counter() - start, 3)
             manifest = {"stage": self.name, "inputs": self.inputs, "seconds": self.seconds}
-            write_atomically(self._partial / "manifest.json", json.dumps(manifest, indent=1))
+            write_json(self._partial / "manifest.json", manifest)
             self._partial.rename(self.folder)
 
 

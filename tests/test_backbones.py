@@ -273,6 +273,11 @@ def test_batch_norm_statistics_never_change(name: str) -> None:
     torch.testing.assert_close(outer.eval()(images), trained)
 
 
+def test_a_network_of_stride_32_only() -> None:
+    backbone = build_backbone("ghostnet_100", None).eval()
+    assert backbone(torch.zeros(1, 3, 96, 128)).shape == (1, backbone.dim, 3, 4)
+
+
 @pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224"])
 def test_vit_grid_keeps_the_place_of_every_patch(name: str) -> None:
     backbone = build_backbone(name, None).eval()

@@ -15,7 +15,7 @@ from lpcam.data.dataset import Picture
 from lpcam.data.loaders import view_loader
 from lpcam.functional import local_prototype_map, prototype_directions
 from lpcam.inference import FeatureCallback, LPCAMCallback, MapHead, sampled_cam
-from lpcam.prototypes import Prototypes
+from lpcam.prototype_set import Prototypes
 from tests.oracles import multiscale
 
 CLASSES = 4

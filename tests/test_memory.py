@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lpcam.centers import fit_centers
 from lpcam.local_features import LocalFeatures, split_features
-from lpcam.prototypes import fit_centers
 from tests.conftest import ROOT
 
 # VOC's "person": 443 pictures of 24 x 32 positions, 2,048 channels.
@@ -20,7 +20,7 @@ import re
 from pathlib import Path
 import numpy as np
 import torch
-from lpcam.prototypes import fit_centers
+from lpcam.centers import fit_centers
 
 torch.set_num_threads(1)
 noise = np.random.default_rng(0).random((1024, 2048), np.float32).astype(np.float16)
@@ -66,7 +66,7 @@ def test_coco_never_holds_more_than_one_class(monkeypatch: pytest.MonkeyPatch) -
         collected.extend(weakref.ref(side.rows) for side in sides)
         return sides
 
-    monkeypatch.setattr("lpcam.prototypes.split_features", split)
+    monkeypatch.setattr("lpcam.centers.split_features", split)
     fitted = fit_centers(
         lambda index: rng.random((5, 6, channels), np.float32).astype(np.float16),
         labels,

@@ -10,15 +10,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
+from lpcam.centers import Centers, fit_centers
 from lpcam.errors import InputError
-from lpcam.prototypes import (
-    Centers,
-    Prototypes,
-    fit_centers,
-    select,
-    select_prototypes,
-    split_features,
-)
+from lpcam.local_features import split_features
+from lpcam.prototype_set import Prototypes
+from lpcam.prototypes import select, select_prototypes
 from tests.oracles import prototypes as oracle
 from tests.oracles.activation import class_activation_map, cosine, normalize_map
 

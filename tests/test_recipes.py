@@ -13,11 +13,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from lpcam.centers import Centers
 from lpcam.evaluation import SegmentationScore
 from lpcam.inference import FeatureCallback, LPCAMCallback, MapHead
 from lpcam.kmeans import spherical_kmeans
 from lpcam.local_features import LocalFeatures, split_features
-from lpcam.prototypes import Centers, select
+from lpcam.prototypes import select
 from lpcam.seeds import Seed, seed_mask
 from tests.conftest import ROOT
 from tests.oracles import activation, kmeans, multiscale, prototypes, segmentation

@@ -19,7 +19,7 @@ from lpcam.data.compose import Sample, Sprite, compose
 from lpcam.data.voc import VOC
 from lpcam.errors import InputError
 from lpcam.seeds import save_mask
-from lpcam.store import digest, write_atomically
+from lpcam.store import digest, write_json
 
 SPLITS = ("train", "val")
 
@@ -180,7 +180,7 @@ class GeneratedVOC(VOC):
             **record,
             "files": {path.relative_to(partial).as_posix(): path.stat().st_size for path in files},
         }
-        write_atomically(partial / "manifest.json", json.dumps(manifest, indent=1))
+        write_json(partial / "manifest.json", manifest)
         partial.rename(self.root)
 
     def _sample(self, split: str, index: int) -> Sample:
