@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pytorch_lightning import seed_everything
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -26,6 +27,12 @@ TINY_INFER = (
     "thresholds.activation=0.3",
     "inference.scales=[0.5,1.0]",
 )
+
+
+@pytest.fixture(autouse=True)
+def same_chance() -> None:
+    """A failing test fails again, in any order and on any worker."""
+    seed_everything(0, verbose=False)
 
 
 @dataclass(frozen=True)

@@ -246,8 +246,9 @@ def test_wrapped_pixels() -> None:
 
 
 def test_the_picture_that_the_crf_sees() -> None:
-    picture, maps = Image.effect_noise((20, 16), 80).convert("RGB"), np.random.rand(1, 4, 5)
-    seed = Seed(np.array([2]), maps.astype(np.float16), (16, 20))
+    random = np.random.default_rng(0)
+    picture = Image.fromarray(random.integers(0, 255, (16, 20, 3), np.uint8))
+    seed = Seed(np.arange(2), random.random((2, 4, 5)).astype(np.float16), (16, 20))
     raw, wrapped = (
         CRF(backend="exact", image_mode=mode).refine("", picture, seed).maps
         for mode in ("raw", "legacy_wrap")
