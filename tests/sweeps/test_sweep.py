@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from lpcam.classifier import Classifier
 from tests.conftest import ROOT, TINY, TINY_INFER, TINY_TRAIN, at
@@ -148,6 +149,23 @@ def test_batches_go_on_after_a_failure(program, own: Path) -> None:
     batches = ("hydra.sweeper.max_batch_size=1", "report=false")
     assert sweep(program, own, "prototypes.k=100000,2", *batches).status == 1
     assert len(jobs(own)) == 1
+
+
+def test_a_search_maximises_the_score(program, own: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    search = ("experiments=optuna_search", "hydra.sweeper.n_trials=3")
+    outcome = sweep(program, own, *search, "thresholds.context_score=0.9")
+    assert outcome.status == 0, outcome.stdout + outcome.stderr
+    found = OmegaConf.load(own / "sweep" / "optimization_results.yaml")
+    assert set(found.best_params) == {"thresholds.class_score", "thresholds.context_floor"}
+    scores = {
+        tuple(float(overrides_of(own / "sweep" / name)[key]) for key in found.best_params):
+        job["metrics"]["val/lpcam/miou"]
+        for name, job in jobs(own).items()
+    }  # fmt: skip
+    assert len(scores) == 3
+    assert scores[tuple(found.best_params.values())] == found.best_value == max(scores.values())
+    assert (own / "sweep" / "sweep.html").is_file()
 
 
 def test_ranks_in_a_sweep_are_refused(program, own: Path) -> None:
