@@ -57,7 +57,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file."""
+    """Write a JSON file as :func:`write_atomically` does."""
     write_atomically(path, json.dumps(value, indent=1))
 
 

@@ -30,7 +30,7 @@ TINY_INFER = (
 
 
 @pytest.fixture(autouse=True)
-def same_chance() -> None:
+def same_random_numbers() -> None:
     """A failing test fails again, in any order and on any worker."""
     seed_everything(0, verbose=False)
 

@@ -158,11 +158,11 @@ def test_a_search_maximises_the_score(program, own: Path) -> None:
     assert outcome.status == 0, outcome.stdout + outcome.stderr
     found = OmegaConf.load(own / "sweep" / "optimization_results.yaml")
     assert set(found.best_params) == {"thresholds.class_score", "thresholds.context_floor"}
-    scores = {
-        tuple(float(overrides_of(own / "sweep" / name)[key]) for key in found.best_params):
-        job["metrics"]["val/lpcam/miou"]
-        for name, job in jobs(own).items()
-    }  # fmt: skip
+    scores = {}
+    for name, job in jobs(own).items():
+        chosen = overrides_of(own / "sweep" / name)
+        values = tuple(float(chosen[key]) for key in found.best_params)
+        scores[values] = job["metrics"]["val/lpcam/miou"]
     assert len(scores) == 3
     assert scores[tuple(found.best_params.values())] == found.best_value == max(scores.values())
     assert (own / "sweep" / "sweep.html").is_file()
