@@ -99,7 +99,7 @@ def line_panel(sweep: Sweep, axis: Axis, by: Axis | None, metric: str) -> Panel:
             if not np.isnan(means).all():
                 axes.plot(places, 100 * means[:, 0], "--", color=COLOURS[0], label="CAM")
         axes.set(xlabel=axis.key, ylabel=METRICS[metric][0])
-        axes.margins(y=0.15)  # for the number above the best
+        axes.margins(x=0.08, y=0.15)  # for the number above the best
         _scale(axes, axis)
         _tick(axes, [text for text in axis.values if (text,) in group(jobs, [axis])])
         axes.grid(linewidth=0.6)

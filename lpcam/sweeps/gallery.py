@@ -15,7 +15,7 @@ from lpcam.sweeps.findings import Sweep
 from lpcam.sweeps.jobs import Job, group
 from lpcam.visualize import mask_overlay, to_grey, to_image
 
-MOST_SETTINGS, MOST_PICTURES = 8, 6
+MOST_SETTINGS, MOST_PICTURES = 14, 6  # seven refiners on either seed side by side
 SIDE = 200  # pixels of a panel
 
 

@@ -596,7 +596,7 @@ def test_the_gallery_has_few_settings_and_the_best_among_them(tmp_path: Path) ->
     chosen = choose_jobs(sweep)
 
     assert sweep.best in chosen
-    assert [job.values["seed"] for job in chosen] == ["0"] * 8
+    assert [job.values["seed"] for job in chosen] == ["0"] * 14
     ks = [int(job.values["k"]) for job in chosen]
     assert ks == sorted(ks)
     assert (ks[0], ks[-1]) == (1, 30)
