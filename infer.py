@@ -12,8 +12,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lpcam.done import done_metrics, headline, write_done
-from lpcam.entry import build, choices, command_line, job, run
+from lpcam.programs.done import done_metrics, headline, write_done
+from lpcam.programs.entry import build, choices, command_line, job, run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="infer")
@@ -30,12 +30,13 @@ def main(cfg: DictConfig) -> float | None:
         return headline(metrics, last)
 
     from lpcam import map_stages, outputs
-    from lpcam.prototype_set import fingerprint
+    from lpcam.storage.hashing import fingerprint
     from lpcam.reporting.report import Method, print_table, write_report
     from lpcam.reporting.shown import choose_pictures, show
     from lpcam.reporting.tracking import log_results, recording, start
-    from lpcam.run import Run
-    from lpcam.store import is_main_process, write_atomically, write_json
+    from lpcam.programs.run import Run
+    from lpcam.storage.ranks import is_main_process
+    from lpcam.storage.files import write_atomically, write_json
 
     overrides = HydraConfig.get().overrides.task
     own = Run(cfg, overrides)

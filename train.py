@@ -8,7 +8,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from lpcam.entry import build, choices, job, run
+from lpcam.programs.entry import build, choices, job, run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -18,10 +18,10 @@ def main(cfg: DictConfig) -> float | None:
     import pytorch_lightning as pl
 
     from lpcam import training
-    from lpcam.backbones import build_backbone
-    from lpcam.classifier import Classifier
+    from lpcam.models.backbones import build_backbone
+    from lpcam.models.classifier import Classifier
     from lpcam.reporting.tracking import finish, log_files, start, tolerated
-    from lpcam.store import write_json
+    from lpcam.storage.files import write_json
 
     dataset = build(cfg.dataset)
     dataset.prepare()

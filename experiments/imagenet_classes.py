@@ -15,7 +15,7 @@ import torch
 from rich.progress import track
 
 from lpcam import LPCAM
-from lpcam.backbones import build_backbone
+from lpcam.models.backbones import build_backbone
 from lpcam.data.cutouts import Cutouts
 from lpcam.data.dataset import Picture
 from lpcam.data.loaders import view_loader

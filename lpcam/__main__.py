@@ -20,8 +20,8 @@ from lpcam.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lpcam.backbones import Backbone
-    from lpcam.explainer import LPCAM
+    from lpcam.models.backbones import Backbone
+    from lpcam.explain.explainer import LPCAM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,7 +111,7 @@ def explain(options: argparse.Namespace) -> None:
     """
     from lpcam.data.dataset import open_picture
     from lpcam.data.transforms import normalize, rescale
-    from lpcam.views import PAPER_VIEWS, SINGLE_VIEW
+    from lpcam.explain.views import PAPER_VIEWS, SINGLE_VIEW
     from lpcam.visualize import overlay
 
     cam, backbone = load(options.model, options.weights, options.ckpt, options.prototypes)
@@ -151,10 +151,12 @@ def load(name: str, weights: str, ckpt: Path | None, prototypes: Path) -> "tuple
     """
     import torch
 
-    from lpcam.backbones import build_backbone, load_weights
-    from lpcam.classifier import load_classifier
-    from lpcam.explainer import LPCAM
-    from lpcam.prototype_set import Prototypes
+    from lpcam.models.backbones import build_backbone
+
+    from lpcam.models.weights import load_weights
+    from lpcam.models.classifier import load_classifier
+    from lpcam.explain.explainer import LPCAM
+    from lpcam.prototypes.prototype_set import Prototypes
 
     classes = len(Prototypes.load(prototypes).classes)
     # The package of ImageNet weights knows these by another name.
@@ -195,7 +197,7 @@ def choose(cam: "LPCAM", images: "Tensor", names: Sequence[str], top: int) -> "T
     """
     import torch
 
-    from lpcam.feature_layers import evaluating
+    from lpcam.explain.feature_layers import evaluating
 
     shown = torch.zeros(1, len(cam.classes))
     if names:

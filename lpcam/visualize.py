@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from lpcam.errors import InputError
-from lpcam.seeds import palette
+from lpcam.seeds.masks import palette
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,7 +129,7 @@ def draw_prototypes(
     Args:
         pictures: B pictures.
         similarity: Their cosines to P prototypes ``(B, P, h, w)``, from
-            :meth:`lpcam.explainer.LPCAM.similarity`.
+            :meth:`lpcam.explain.explainer.LPCAM.similarity`.
         names: Names of the prototypes.
         count: At most so many pictures for each.
 

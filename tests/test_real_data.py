@@ -12,7 +12,7 @@ from PIL import Image
 
 from lpcam.data.coco import CLASSES as COCO_CLASSES
 from lpcam.data.voc import CLASSES as VOC_CLASSES
-from lpcam.seeds import load_seed
+from lpcam.seeds.record import load_seed
 from tests.conftest import at
 from tests.data.trees import Sample, run_lengths, write_coco, write_mask, write_voc
 from tests.oracles import segmentation

@@ -13,7 +13,8 @@ from rich.console import Console
 from lpcam.data.dataset import IGNORED, Picture, SegmentationDataset
 from lpcam.data.files import abbreviate, check_name, missing_files
 from lpcam.errors import InputError
-from lpcam.store import digest, is_main_process
+from lpcam.storage.hashing import digest
+from lpcam.storage.ranks import is_main_process
 
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",

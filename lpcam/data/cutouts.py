@@ -22,7 +22,7 @@ from lpcam.data.compose import Sprite
 from lpcam.data.dataset import open_image
 from lpcam.data.debian import fetch
 from lpcam.data.voc_tree import GeneratedVOC, check_range
-from lpcam.store import digest, file_digest
+from lpcam.storage.hashing import digest, file_digest
 
 LISTED = json.loads(Path(__file__).with_name("photo_cutouts.json").read_text())
 # Every photo that is used, relative to the folder of the sources.

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lpcam.errors import InputError
-from lpcam.store import file_digest
+from lpcam.storage.hashing import file_digest
 
 IGNORED = 255
 

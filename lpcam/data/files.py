@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lpcam.errors import InputError
-from lpcam.store import digest
+from lpcam.storage.hashing import digest
 
 
 def read_lines(path: Path, remedy: str) -> list[str]:

@@ -18,8 +18,9 @@ from rich.progress import track
 from lpcam.data.compose import Sample, Sprite, compose
 from lpcam.data.voc import VOC
 from lpcam.errors import InputError
-from lpcam.seeds import save_mask
-from lpcam.store import digest, write_json
+from lpcam.seeds.masks import save_mask
+from lpcam.storage.hashing import digest
+from lpcam.storage.files import write_json
 
 SPLITS = ("train", "val")
 

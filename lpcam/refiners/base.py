@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import pytorch_lightning as pl
 from PIL import Image
 
-from lpcam.backbones import Backbone
+from lpcam.models.backbones import Backbone
 from lpcam.data.dataset import Picture
 from lpcam.errors import InputError
-from lpcam.seeds import Seed
+from lpcam.seeds.record import SeedRecord
 
 SOURCES = ("cam", "lpcam")
 
@@ -68,7 +68,7 @@ class Refiner(ABC):
         return {"refiner": type(self).__name__, **settings}
 
     @abstractmethod
-    def refine(self, image_id: str, image: Image.Image, seed: Seed) -> Seed:
+    def refine(self, image_id: str, image: Image.Image, seed: SeedRecord) -> SeedRecord:
         """Refine the maps of one picture.
 
         Args:
@@ -98,7 +98,7 @@ class TrainedRefiner(Refiner):
         self,
         folder: Path,
         pictures: Sequence[Picture],
-        read_seed: Callable[[Picture], Seed],
+        read_seed: Callable[[Picture], SeedRecord],
         backbone: Backbone,
         make_trainer: Callable[..., pl.Trainer],
         *,

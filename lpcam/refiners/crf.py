@@ -18,7 +18,7 @@ from torch import Tensor
 from lpcam.data.dataset import Picture
 from lpcam.errors import InputError
 from lpcam.refiners.base import Refiner
-from lpcam.seeds import Seed
+from lpcam.seeds.record import SeedRecord
 
 BACKENDS = ("pydensecrf", "exact")
 UNARIES = ("constant", "power", "labels")
@@ -313,7 +313,7 @@ class CRF(Refiner):
         del inputs["device"]
         return inputs
 
-    def refine(self, image_id: str, image: Image.Image, seed: Seed) -> Seed:  # noqa: D102 - inherited
+    def refine(self, image_id: str, image: Image.Image, seed: SeedRecord) -> SeedRecord:  # noqa: D102 - inherited
         maps = seed.full_size().to(self.device)
         if len(maps):
             scored = with_background(maps, self.unary_background, power=self.unary == "power")
@@ -324,4 +324,4 @@ class CRF(Refiner):
                 pixels = wrapped_pixels(pixels)
             found = dense_crf(pixels, scored, self.parameters, backend=self.backend)
             maps = scores_against_background(found)
-        return Seed(seed.keys, maps.half().cpu().numpy(), seed.size)
+        return SeedRecord(seed.keys, maps.half().cpu().numpy(), seed.size)

@@ -21,15 +21,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lpcam.backbones import Backbone
+from lpcam.models.backbones import Backbone
 from lpcam.data.dataset import IGNORED, Picture, open_image, open_picture
 from lpcam.data.loaders import start_method
 from lpcam.data.transforms import normalize, rescale
 from lpcam.errors import InputError
 from lpcam.refiners.base import TrainedRefiner
 from lpcam.refiners.labels import check_method
-from lpcam.seeds import Seed, save_mask
-from lpcam.store import is_main_process, write_atomically
+from lpcam.seeds.record import SeedRecord
+from lpcam.seeds.masks import save_mask
+from lpcam.storage.ranks import is_main_process
+from lpcam.storage.files import write_atomically
 
 WEIGHTS = "heads.safetensors"
 CHECKPOINT = Path("checkpoint", "last.ckpt")
@@ -249,7 +251,7 @@ class HeadRefiner(TrainedRefiner):
         """The layers, not yet trained, and how they learn."""
 
     @abstractmethod
-    def label(self, image: Image.Image, seed: Seed) -> np.ndarray:
+    def label(self, image: Image.Image, seed: SeedRecord) -> np.ndarray:
         """Training labels ``(H, W)`` uint8: 0 background, class index + 1, 255 open."""
 
     def training_inputs(self) -> Mapping[str, Any]:  # noqa: D102 - inherited
@@ -262,7 +264,7 @@ class HeadRefiner(TrainedRefiner):
         self,
         folder: Path,
         pictures: Sequence[Picture],
-        read_seed: Callable[[Picture], Seed],
+        read_seed: Callable[[Picture], SeedRecord],
         backbone: Backbone,
         make_trainer: Callable[..., pl.Trainer],
         *,
@@ -299,7 +301,7 @@ class HeadRefiner(TrainedRefiner):
         save_head(folder, training.head)
 
     def _label(
-        self, read_seed: Callable[[Picture], Seed], picture: Picture, image: Image.Image
+        self, read_seed: Callable[[Picture], SeedRecord], picture: Picture, image: Image.Image
     ) -> np.ndarray:
         return self.label(image, read_seed(picture))
 

@@ -12,7 +12,8 @@ from lpcam.data.dataset import IGNORED
 from lpcam.errors import InputError
 from lpcam.refiners.crf import PARAMETERS, check_backend, dense_crf, label_probabilities
 from lpcam.refiners.par import PAR
-from lpcam.seeds import Seed, seed_mask
+from lpcam.seeds.record import SeedRecord
+from lpcam.seeds.masks import seed_mask
 
 METHODS = ("par", "crf")
 
@@ -26,7 +27,7 @@ def check_method(method: str) -> None:
 
 
 def relation_labels(
-    image: Image.Image, seed: Seed, method: str, *, conf_fg: float, conf_bg: float
+    image: Image.Image, seed: SeedRecord, method: str, *, conf_fg: float, conf_bg: float
 ) -> np.ndarray:
     """IRN's labels (section 3.1 of the paper): the maps' masks at a high and at a low threshold.
 
@@ -54,7 +55,7 @@ def relation_labels(
 
 
 def affinity_labels(
-    image: Image.Image, seed: Seed, method: str, *, low: float, high: float, stride: int
+    image: Image.Image, seed: SeedRecord, method: str, *, low: float, high: float, stride: int
 ) -> np.ndarray:
     """PSA's labels (section 3.2 of the paper), constant in square cells.
 
@@ -106,7 +107,7 @@ def cell_means(scores: Tensor, stride: int) -> Tensor:
 def _par(image: Image.Image, maps: Tensor) -> Tensor:
     """Refine maps ``(K, H, W)`` with the defaults of the refiner."""
     size = (maps.shape[1], maps.shape[2])
-    seed = Seed(np.arange(len(maps)), maps.numpy(), size)
+    seed = SeedRecord(np.arange(len(maps)), maps.numpy(), size)
     return PAR().refine("", image, seed).full_size()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lpcam.data.dataset import Picture
 from lpcam.refiners.base import Refiner
-from lpcam.seeds import Seed
+from lpcam.seeds.record import SeedRecord
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 
@@ -152,7 +152,7 @@ class PAR(Refiner):
         del inputs["device"]
         return inputs
 
-    def refine(self, image_id: str, image: Image.Image, seed: Seed) -> Seed:  # noqa: D102 - inherited
+    def refine(self, image_id: str, image: Image.Image, seed: SeedRecord) -> SeedRecord:  # noqa: D102 - inherited
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
         maps = seed.full_size()
         grid = [-(-side // self.stride) for side in seed.size]
@@ -171,4 +171,4 @@ class PAR(Refiner):
             position_weight=self.position_weight,
         )[0]
         # Means of scores, but for rounding.
-        return Seed(seed.keys, maps.clamp(0, 1).half().cpu().numpy(), seed.size)
+        return SeedRecord(seed.keys, maps.clamp(0, 1).half().cpu().numpy(), seed.size)

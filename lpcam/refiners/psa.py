@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from lpcam.backbones import Backbone
+from lpcam.models.backbones import Backbone
 from lpcam.data.transforms import normalize
 from lpcam.errors import InputError
 from lpcam.refiners.heads import HeadRefiner, HeadTraining, resize, stage_channels
 from lpcam.refiners.labels import affinity_labels, background_score, cell_means
 from lpcam.refiners.pairs import affinity_loss, pair_labels
 from lpcam.refiners.random_walk import at_offset, pair_offsets, propagate
-from lpcam.seeds import Seed, grid_size
+from lpcam.seeds.record import SeedRecord, grid_size
 
 WIDTHS = (64, 128, 256)
 
@@ -178,7 +178,7 @@ class PSA(HeadRefiner):
     def training(self, backbone: Backbone) -> AffinityTraining:  # noqa: D102 - inherited
         return AffinityTraining(backbone, radius=self.radius, lr=self.lr)
 
-    def label(self, image: Image.Image, seed: Seed) -> np.ndarray:  # noqa: D102 - inherited
+    def label(self, image: Image.Image, seed: SeedRecord) -> np.ndarray:  # noqa: D102 - inherited
         return affinity_labels(
             image, seed, self.labels, low=self.low, high=self.high, stride=self.cell
         )
@@ -195,7 +195,7 @@ class PSA(HeadRefiner):
         padded = F.pad(head(stages, grid), (margin, margin, 0, margin))
         return feature_affinity(padded, self.radius)[0]
 
-    def refine(self, image_id: str, image: Image.Image, seed: Seed) -> Seed:  # noqa: D102 - inherited
+    def refine(self, image_id: str, image: Image.Image, seed: SeedRecord) -> SeedRecord:  # noqa: D102 - inherited
         if not len(seed.keys):
             return seed
         maps = seed.full_size()
@@ -206,4 +206,4 @@ class PSA(HeadRefiner):
         walked = resize(walked[None], grid_size(seed.size))[0].clamp_min(0)
         background, classes = walked[:1], walked[1:]
         shares = classes / (background + classes).clamp_min(1e-12)
-        return Seed(seed.keys, shares.half().numpy(), seed.size)
+        return SeedRecord(seed.keys, shares.half().numpy(), seed.size)

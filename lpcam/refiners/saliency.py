@@ -19,7 +19,8 @@ from lpcam.data.files import files_digest
 from lpcam.errors import InputError
 from lpcam.refiners.base import Refiner
 from lpcam.refiners.crf import check_backend, crf_parameters, dense_crf, with_background
-from lpcam.seeds import Seed, scores_of_labels
+from lpcam.seeds.record import SeedRecord
+from lpcam.seeds.masks import scores_of_labels
 
 # Alpha and beta as published; a CRF's probabilities are nearly 0 or 1.
 AFTER_CRF = (1e-6, 0.99999)
@@ -96,7 +97,7 @@ class Saliency(Refiner):
         crf = asdict(self.crf) if self.crf else None
         return {**super().inputs(pictures), "folder": files, "crf": crf}
 
-    def refine(self, image_id: str, image: Image.Image, seed: Seed) -> Seed:  # noqa: D102 - inherited
+    def refine(self, image_id: str, image: Image.Image, seed: SeedRecord) -> SeedRecord:  # noqa: D102 - inherited
         saliency = torch.from_numpy(read_saliency(self.folder / f"{image_id}.png", seed.size))
         scores = seed.full_size()
         if self.crf:
@@ -105,7 +106,7 @@ class Saliency(Refiner):
         labels = saliency_labels(
             scores, saliency, theta=self.theta, alpha=self.alpha, beta=self.beta
         )
-        return Seed(seed.keys, scores_of_labels(scores, labels).half().numpy(), seed.size)
+        return SeedRecord(seed.keys, scores_of_labels(scores, labels).half().numpy(), seed.size)
 
 
 def read_saliency(path: Path, size: tuple[int, int]) -> np.ndarray:

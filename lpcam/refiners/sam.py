@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lpcam.arrays import DAMAGE, read_arrays
+from lpcam.storage.arrays import DAMAGE, read_arrays
 from lpcam.data.dataset import Picture
 from lpcam.data.files import files_digest
 from lpcam.errors import InputError
 from lpcam.refiners.base import Refiner
-from lpcam.seeds import Seed, scores_of_labels, seed_mask
+from lpcam.seeds.record import SeedRecord
+from lpcam.seeds.masks import scores_of_labels, seed_mask
 
 
 def merge_masks(
@@ -88,7 +89,7 @@ class SAMMerge(Refiner):
         files = files_digest(self.folder, names, "refiner.folder")
         return {**super().inputs(pictures), "folder": files}
 
-    def refine(self, image_id: str, image: Image.Image, seed: Seed) -> Seed:  # noqa: D102 - inherited
+    def refine(self, image_id: str, image: Image.Image, seed: SeedRecord) -> SeedRecord:  # noqa: D102 - inherited
         masks = read_masks(self.folder / f"{image_id}.npz", seed.size)
         maps = seed.full_size()
         places = np.arange(len(seed.keys))
@@ -99,7 +100,7 @@ class SAMMerge(Refiner):
             class_share=self.class_share,
         )
         scores = scores_of_labels(maps, torch.from_numpy(labels))
-        return Seed(seed.keys, scores.half().numpy(), seed.size)
+        return SeedRecord(seed.keys, scores.half().numpy(), seed.size)
 
 
 def read_masks(path: Path, size: tuple[int, int]) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import numpy as np
 
 from lpcam.reporting.scores import Method
-from lpcam.store import write_atomically
+from lpcam.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

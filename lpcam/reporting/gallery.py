@@ -11,7 +11,7 @@ from lpcam.data.dataset import Picture, SegmentationDataset, open_image
 from lpcam.evaluation.segmentation import IGNORED
 from lpcam.reporting.figures import styled
 from lpcam.reporting.scores import Method
-from lpcam.seeds import seed_mask
+from lpcam.seeds.masks import seed_mask
 from lpcam.visualize import HEAT_MAP, draw_grid, heat_overlay, mask_overlay, to_grey, to_image
 
 PANEL_SIDE = 320

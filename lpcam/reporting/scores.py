@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lpcam.data.dataset import Picture
 from lpcam.evaluation.segmentation import SegmentationResult
-from lpcam.seeds import Seed, load_seed
+from lpcam.seeds.record import SeedRecord, load_seed
 
 AT_BEST = ("miou", "precision", "recall", "fp", "fn")
 # Heading, whether more (1) or less (-1) is better, factor, format.
@@ -47,7 +47,7 @@ class Method:
         result = self.results.get(split)
         return float(result.thresholds[result.best]) if result else otherwise
 
-    def seed(self, split: str, picture: Picture) -> Seed:
+    def seed(self, split: str, picture: Picture) -> SeedRecord:
         """The maps of a picture."""
         return load_seed(self.maps[split] / f"{picture.id}.npz")
 

@@ -10,7 +10,7 @@ from lpcam.data.dataset import Picture, SegmentationDataset, open_picture
 from lpcam.errors import InputError
 from lpcam.reporting.gallery import PANEL_SIDE
 from lpcam.reporting.scores import Method
-from lpcam.seeds import seed_mask
+from lpcam.seeds.masks import seed_mask
 from lpcam.visualize import mask_overlay, to_grey, to_image
 
 COUNT = 4

@@ -21,7 +21,8 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from lpcam.errors import InputError
 from lpcam.evaluation.segmentation import IGNORED, SegmentationResult
 from lpcam.reporting.shown import Shown
-from lpcam.store import is_main_process, write_atomically
+from lpcam.storage.ranks import is_main_process
+from lpcam.storage.files import write_atomically
 
 OWN_DATA_DIR = "WANDB_DATA_DIR" not in os.environ
 CURVE = ("miou", "precision", "recall")

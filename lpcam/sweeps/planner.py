@@ -9,9 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lpcam import map_stages
-from lpcam.done import done_metrics
-from lpcam.entry import USER_ERRORS
-from lpcam.run import Run
+from lpcam.programs.done import done_metrics
+from lpcam.programs.entry import USER_ERRORS
+from lpcam.programs.run import Run
 
 
 def plan(configs: Sequence[DictConfig]) -> None:

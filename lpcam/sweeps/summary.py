@@ -24,7 +24,7 @@ from lpcam.errors import InputError
 from lpcam.reporting.figures import save_png, svg
 from lpcam.reporting.gallery import draw_gallery
 from lpcam.reporting.page import class_colours, data_uri, render
-from lpcam.store import write_atomically
+from lpcam.storage.files import write_atomically
 from lpcam.sweeps.charts import charts, named_axes
 from lpcam.sweeps.figures import draw_panels, shorten
 from lpcam.sweeps.findings import (
@@ -280,7 +280,7 @@ def _dataset(folder: Path) -> SegmentationDataset | None:
     """The data set of the first job that left its config; None, and a line, where there is none."""
     from omegaconf import OmegaConf
 
-    from lpcam.entry import USER_ERRORS, build
+    from lpcam.programs.entry import USER_ERRORS, build
 
     path = next(iter(sorted(folder.glob("*/config.yaml"))), None)
     try:

@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from lpcam.errors import InputError
 from lpcam.evaluation import SegmentationResult, SegmentationScore
-from lpcam.seeds import seed_mask
+from lpcam.seeds.masks import seed_mask
 from tests.oracles import segmentation as oracle
 
 CLASSES = 3

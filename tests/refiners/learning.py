@@ -9,11 +9,11 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from lpcam.backbones import Backbone, build_backbone
+from lpcam.models.backbones import Backbone, build_backbone
 from lpcam.data.dataset import Picture
 from lpcam.data.shapes import Shapes
 from lpcam.refiners.base import TrainedRefiner
-from lpcam.seeds import Seed, grid_size
+from lpcam.seeds.record import SeedRecord, grid_size
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Task:
     dataset: Shapes
     pictures: list[Picture]
 
-    def seed(self, picture: Picture) -> Seed:
+    def seed(self, picture: Picture) -> SeedRecord:
         mask = self.dataset.mask(picture)
         assert mask is not None
         assert picture.labels is not None
@@ -36,7 +36,7 @@ class Task:
         noise = rng.uniform(-0.3, 0.3, (len(picture.labels), *coarse.shape))
         present = np.stack([coarse == label + 1 for label in picture.labels])
         maps = np.clip(np.where(present, 0.8, 0.2) + noise, 0, 1)
-        return Seed(np.array(picture.labels), maps.astype(np.float16), mask.shape)
+        return SeedRecord(np.array(picture.labels), maps.astype(np.float16), mask.shape)
 
 
 def make_task(root: Path, count: int = 8) -> Task:

@@ -21,7 +21,8 @@ from lpcam.refiners.crf import (
     with_background,
     wrapped_pixels,
 )
-from lpcam.seeds import Seed, load_seed, save_seed, seed_mask
+from lpcam.seeds.record import SeedRecord, load_seed, save_seed
+from lpcam.seeds.masks import seed_mask
 from tests.oracles.crf import mean_field
 
 
@@ -181,7 +182,7 @@ def test_records(tmp_path: Path, unary: str, classes: int) -> None:
     image, _ = two_halves(13, 21)
     maps = np.zeros((classes, 4, 6), np.float16)
     maps[1:, :, 3:] = np.linspace(1, 0.6, max(classes - 1, 0))[:, None, None]
-    seed = Seed(3 * np.arange(classes), maps, (13, 21))
+    seed = SeedRecord(3 * np.arange(classes), maps, (13, 21))
     refiner = CRF(unary=unary, unary_background=1 if unary == "power" else 0.4, backend="exact")
 
     save_seed(tmp_path / "a.npz", refiner.refine("a", Image.fromarray(image), seed))
@@ -201,7 +202,7 @@ def test_a_long_picture() -> None:
     image, _ = two_halves(33, 500)
     maps = np.zeros((1, 9, 125), np.float16)
     maps[..., 63:] = 0.9
-    seed = Seed(np.array([6]), maps, (33, 500))
+    seed = SeedRecord(np.array([6]), maps, (33, 500))
     found = CRF().refine("a", Image.fromarray(image), seed)
     assert seed_mask(found.full_size(), found.keys, 0.5).tolist() == [[0] * 250 + [7] * 250] * 33
 
@@ -248,7 +249,7 @@ def test_wrapped_pixels() -> None:
 def test_the_picture_that_the_crf_sees() -> None:
     random = np.random.default_rng(0)
     picture = Image.fromarray(random.integers(0, 255, (16, 20, 3), np.uint8))
-    seed = Seed(np.arange(2), random.random((2, 4, 5)).astype(np.float16), (16, 20))
+    seed = SeedRecord(np.arange(2), random.random((2, 4, 5)).astype(np.float16), (16, 20))
     raw, wrapped = (
         CRF(backend="exact", image_mode=mode).refine("", picture, seed).maps
         for mode in ("raw", "legacy_wrap")
@@ -266,7 +267,7 @@ def test_threads_change_nothing() -> None:
     random = np.random.default_rng(0)
     pictures = [random.integers(0, 255, (40 + i, 50, 3), np.uint8) for i in range(8)]
     seeds = [
-        Seed(np.arange(2), random.random((2, 10, 13)).astype(np.float16), image.shape[:2])
+        SeedRecord(np.arange(2), random.random((2, 10, 13)).astype(np.float16), image.shape[:2])
         for image in pictures
     ]
 

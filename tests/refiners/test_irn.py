@@ -6,13 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lpcam.backbones import build_backbone
+from lpcam.models.backbones import build_backbone
 from lpcam.errors import InputError
 from lpcam.refiners.heads import stage_channels
 from lpcam.refiners.irn import IRN, THRESHOLDS
 from lpcam.refiners.irn.network import RelationNetwork
 from lpcam.refiners.random_walk import random_walk
-from lpcam.seeds import Seed, grid_size, load_seed, save_seed
+from lpcam.seeds.record import SeedRecord, grid_size, load_seed, save_seed
 from tests.refiners.learning import Losses, Task, fit, make_task, tiny_backbone
 
 SMALL = {"radius": 4, "crop": 48, "batch_size": 4, "conf_fg": 0.6, "conf_bg": 0.4}
@@ -110,7 +110,7 @@ def test_any_size(
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
     maps = rng.random((count, *grid_size(size))).astype(np.float16)
-    found = refiner.refine("a", image, Seed(np.arange(count), maps, size))
+    found = refiner.refine("a", image, SeedRecord(np.arange(count), maps, size))
     assert found.maps.shape == maps.shape
     assert np.isfinite(found.maps).all()
     assert found.maps.min() >= 0
@@ -122,9 +122,9 @@ def test_any_size(
 def test_no_class_and_zero_maps(trained: tuple[Path, list[float]]) -> None:
     refiner = ready(trained[0])
     image = Image.new("RGB", (50, 30))
-    empty = Seed(np.zeros(0, np.int64), np.zeros((0, 8, 13), np.float16), (30, 50))
+    empty = SeedRecord(np.zeros(0, np.int64), np.zeros((0, 8, 13), np.float16), (30, 50))
     assert refiner.refine("a", image, empty).maps.shape == (0, 8, 13)
-    zero = Seed(np.arange(80), np.zeros((80, 8, 13), np.float16), (30, 50))
+    zero = SeedRecord(np.arange(80), np.zeros((80, 8, 13), np.float16), (30, 50))
     found = refiner.refine("a", image, zero)
     assert found.maps.shape == (80, 8, 13)
     assert (found.maps == 0).all()
@@ -132,7 +132,7 @@ def test_no_class_and_zero_maps(trained: tuple[Path, list[float]]) -> None:
 
 def test_maps_on_another_grid(trained: tuple[Path, list[float]]) -> None:
     image = Image.new("RGB", (50, 30))
-    seed = Seed(np.array([3]), np.ones((1, 30, 50), np.float16), (30, 50))
+    seed = SeedRecord(np.array([3]), np.ones((1, 30, 50), np.float16), (30, 50))
     assert ready(trained[0]).refine("a", image, seed).maps.shape == (1, 8, 13)
 
 

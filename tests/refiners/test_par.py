@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lpcam.refiners.par import PAR, neighbour_offsets, pixel_adaptive_refinement
-from lpcam.seeds import Seed, load_seed, save_seed, seed_mask
+from lpcam.seeds.record import SeedRecord, load_seed, save_seed
+from lpcam.seeds.masks import seed_mask
 from tests.oracles.par import refine as slow_refine
 
 
@@ -111,7 +112,7 @@ def test_records(tmp_path: Path, classes: int, size: tuple[int, int]) -> None:
     random = np.random.default_rng(0)
     image = Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8))
     grid = ((size[0] - 1) // 4 + 1, (size[1] - 1) // 4 + 1)
-    seed = Seed(np.arange(classes), random.random((classes, *grid)).astype(np.float16), size)
+    seed = SeedRecord(np.arange(classes), random.random((classes, *grid)).astype(np.float16), size)
     if classes:
         seed.maps[0] = 0
 
@@ -132,7 +133,7 @@ def test_on_a_grid_of_every_pixel_it_is_the_function() -> None:
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (10, 13, 3), dtype=np.uint8)
     maps = random.random((2, 10, 13)).astype(np.float16)
-    seed = Seed(np.array([1, 4]), maps, (10, 13))
+    seed = SeedRecord(np.array([1, 4]), maps, (10, 13))
 
     found = PAR(stride=1, iterations=2).refine("a", Image.fromarray(pixels), seed)
 

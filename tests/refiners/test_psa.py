@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lpcam.backbones import build_backbone
+from lpcam.models.backbones import build_backbone
 from lpcam.errors import InputError
 from lpcam.refiners.heads import stage_channels
 from lpcam.refiners.psa import POWERS, PSA, AffinityNetwork, feature_affinity
 from lpcam.refiners.random_walk import pair_offsets
-from lpcam.seeds import Seed, grid_size, load_seed, save_seed
+from lpcam.seeds.record import SeedRecord, grid_size, load_seed, save_seed
 from tests.oracles import random_walk as oracle
 from tests.refiners.learning import Losses, Task, fit, make_task, tiny_backbone
 
@@ -73,7 +73,7 @@ def test_scores_are_shares_of_a_walk_with_the_background(trained: tuple[Path, li
     rng = np.random.default_rng(0)
     size, cells = (32, 40), (4, 5)
     image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
-    seed = Seed(np.array([1, 9]), rng.random((2, *size)).astype(np.float16), size)
+    seed = SeedRecord(np.array([1, 9]), rng.random((2, *size)).astype(np.float16), size)
     found = refiner.refine("a", image, seed)
 
     affinity = refiner.affinity(image).double().numpy()
@@ -101,7 +101,7 @@ def test_any_size(
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
     maps = rng.random((count, *grid_size(size))).astype(np.float16)
-    found = ready(trained[0]).refine("a", image, Seed(np.arange(count), maps, size))
+    found = ready(trained[0]).refine("a", image, SeedRecord(np.arange(count), maps, size))
     assert found.maps.shape == maps.shape
     assert np.isfinite(found.maps).all()
     assert 0 <= found.maps.min() <= found.maps.max() <= 1
@@ -112,10 +112,10 @@ def test_any_size(
 def test_no_class_zero_maps_and_full_maps(trained: tuple[Path, list[float]]) -> None:
     refiner = ready(trained[0])
     image = Image.new("RGB", (50, 30))
-    empty = Seed(np.zeros(0, np.int64), np.zeros((0, 8, 13), np.float16), (30, 50))
+    empty = SeedRecord(np.zeros(0, np.int64), np.zeros((0, 8, 13), np.float16), (30, 50))
     assert refiner.refine("a", image, empty).maps.shape == (0, 8, 13)
     for value in (0, 1):
-        seed = Seed(np.arange(80), np.full((80, 8, 13), value, np.float16), (30, 50))
+        seed = SeedRecord(np.arange(80), np.full((80, 8, 13), value, np.float16), (30, 50))
         np.testing.assert_allclose(refiner.refine("a", image, seed).maps, value, atol=1e-3)
 
 

@@ -12,7 +12,8 @@ from lpcam.data.dataset import Picture
 from lpcam.errors import InputError
 from lpcam.refiners.crf import PARAMETERS, dense_crf
 from lpcam.refiners.saliency import Saliency, saliency_labels
-from lpcam.seeds import Seed, load_seed, save_seed, seed_mask
+from lpcam.seeds.record import SeedRecord, load_seed, save_seed
+from lpcam.seeds.masks import seed_mask
 from tests.oracles.saliency import labels as slow_labels
 
 PICTURES = [Picture(name, Path(f"{name}.jpg"), (0,)) for name in ("a", "b")]
@@ -52,7 +53,7 @@ def test_the_rules_label_is_that_of_the_record(
     save(tmp_path / "sal", "a", saliency)
     maps = random.random((classes, *size)).astype(np.float16)
     maps[:1] = 0
-    seed = Seed(2 * np.arange(classes), maps, size)
+    seed = SeedRecord(2 * np.arange(classes), maps, size)
 
     refiner = Saliency(tmp_path / "sal", crf=None, alpha=0.5, beta=0.9)
     save_seed(tmp_path / "a.npz", refiner.refine("a", Image.new("RGB", size[::-1]), seed))
@@ -70,7 +71,7 @@ def test_the_crf_comes_first(tmp_path: Path) -> None:
     image = Image.fromarray(random.integers(0, 256, (8, 9, 3), dtype=np.uint8))
     saliency = random.integers(0, 40, (8, 9), dtype=np.uint8)
     save(tmp_path, "a", saliency)
-    seed = Seed(np.array([3, 5]), random.random((2, 8, 9)).astype(np.float16), (8, 9))
+    seed = SeedRecord(np.array([3, 5]), random.random((2, 8, 9)).astype(np.float16), (8, 9))
 
     found = Saliency(tmp_path, backend="exact").refine("a", image, seed)
 
@@ -112,7 +113,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(4, 5), (4, 4, 3)])
 def test_other_images_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     save(tmp_path, "a", np.zeros(shape, np.uint8))
-    seed = Seed(np.array([0]), np.zeros((1, 1, 1), np.float16), (4, 4))
+    seed = SeedRecord(np.array([0]), np.zeros((1, 1, 1), np.float16), (4, 4))
     with pytest.raises(InputError, match=r"a\.png: saliency of mode") as caught:
         Saliency(tmp_path, crf=None).refine("a", Image.new("RGB", (4, 4)), seed)
     assert "\n" not in str(caught.value)

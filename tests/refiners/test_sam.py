@@ -10,7 +10,8 @@ from PIL import Image
 from lpcam.data.dataset import Picture
 from lpcam.errors import InputError
 from lpcam.refiners.sam import SAMMerge, merge_masks
-from lpcam.seeds import Seed, load_seed, save_seed, seed_mask
+from lpcam.seeds.record import SeedRecord, load_seed, save_seed
+from lpcam.seeds.masks import seed_mask
 from tests.oracles.sam import merge as slow_merge
 
 PICTURES = [Picture(name, Path(f"{name}.jpg"), (0,)) for name in ("a", "b")]
@@ -69,12 +70,12 @@ def test_records(tmp_path: Path, classes: int, size: tuple[int, int]) -> None:
     keys = 2 * np.arange(classes)
 
     found = SAMMerge(tmp_path / "sam", seed_background=0.6).refine(
-        "a", Image.new("RGB", size[::-1]), Seed(keys, maps, size)
+        "a", Image.new("RGB", size[::-1]), SeedRecord(keys, maps, size)
     )
 
     save_seed(tmp_path / "a.npz", found)
     loaded = load_seed(tmp_path / "a.npz")
-    wanted = merge_masks(seed_mask(Seed(keys, maps, size).full_size(), keys, 0.6), masks)
+    wanted = merge_masks(seed_mask(SeedRecord(keys, maps, size).full_size(), keys, 0.6), masks)
     assert seed_mask(loaded.full_size(), loaded.keys, 0.5).tolist() == wanted.tolist()
     assert wanted.any() == (classes > 1)
     assert ((loaded.maps >= 0) & (loaded.maps <= 1)).all()
@@ -115,7 +116,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 )
 def test_other_arrays_are_refused(tmp_path: Path, masks: np.ndarray) -> None:
     save(tmp_path, "a", masks)
-    seed = Seed(np.array([0]), np.zeros((1, 1, 1), np.float16), (4, 4))
+    seed = SeedRecord(np.array([0]), np.zeros((1, 1, 1), np.float16), (4, 4))
     with pytest.raises(InputError, match=r"a\.npz: ") as caught:
         SAMMerge(tmp_path).refine("a", Image.new("RGB", (4, 4)), seed)
     assert "\n" not in str(caught.value)

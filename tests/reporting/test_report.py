@@ -10,7 +10,8 @@ from PIL import Image
 from lpcam.data.dataset import Picture, SegmentationDataset
 from lpcam.evaluation import SegmentationScore
 from lpcam.reporting.report import Method, PrototypeView, write_report
-from lpcam.seeds import Seed, grid_size, load_seed, save_mask, save_seed
+from lpcam.seeds.record import SeedRecord, grid_size, load_seed, save_seed
+from lpcam.seeds.masks import save_mask
 from tests.pages import NASTY, Page
 
 SIZE = (40, 56)
@@ -52,7 +53,7 @@ class TinyDataset(SegmentationDataset):
             folder = self.root / method / split
             folder.mkdir(parents=True, exist_ok=True)
             maps = np.full((len(labels), *grid_size(SIZE)), value)
-            save_seed(folder / f"{name}.npz", Seed(np.array(labels, np.int64), maps, SIZE))
+            save_seed(folder / f"{name}.npz", SeedRecord(np.array(labels, np.int64), maps, SIZE))
 
     def method(self, name: str, folder: str) -> Method:
         results, maps = {}, {}

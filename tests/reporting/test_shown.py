@@ -8,7 +8,7 @@ from lpcam.data.dataset import Picture, SegmentationDataset
 from lpcam.errors import InputError
 from lpcam.reporting.scores import Method
 from lpcam.reporting.shown import choose_pictures, show
-from lpcam.seeds import Seed, save_seed
+from lpcam.seeds.record import SeedRecord, save_seed
 
 
 def pictures(*labels: tuple[int, ...]) -> list[Picture]:
@@ -76,7 +76,7 @@ def dataset(tmp_path: Path) -> OnePicture:
     Image.new("RGB", (640, 480), (200, 100, 50)).save(tmp_path / "one.png")
     maps = np.zeros((1, 120, 160))
     maps[0, :, :80] = 0.5
-    save_seed(tmp_path / "one.npz", Seed(np.array([1]), maps, (480, 640)))
+    save_seed(tmp_path / "one.npz", SeedRecord(np.array([1]), maps, (480, 640)))
     return OnePicture(tmp_path, ["cat", "dog"])
 
 

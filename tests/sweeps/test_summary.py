@@ -18,7 +18,7 @@ from PIL import Image
 
 from lpcam.data.folder import Folder
 from lpcam.errors import InputError
-from lpcam.seeds import save_mask
+from lpcam.seeds.masks import save_mask
 from lpcam.sweeps.charts import charts, evenly
 from lpcam.sweeps.figures import heat_cells, shorten
 from lpcam.sweeps.findings import Sweep, best_in_words, class_ious, command_of, effects, no_help

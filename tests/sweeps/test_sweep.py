@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from lpcam.classifier import Classifier
+from lpcam.models.classifier import Classifier
 from tests.conftest import ROOT, TINY, TINY_INFER, TINY_TRAIN, at
 
 GRID = ("prototypes.k=2,3", "thresholds.class_score=0.2,0.9", "report=false")

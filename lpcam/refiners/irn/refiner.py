@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lpcam.backbones import Backbone
+from lpcam.models.backbones import Backbone
 from lpcam.data.transforms import normalize
 from lpcam.errors import InputError
 from lpcam.refiners.heads import HeadRefiner, resize
 from lpcam.refiners.irn.training import RelationTraining
 from lpcam.refiners.labels import relation_labels
 from lpcam.refiners.random_walk import random_walk
-from lpcam.seeds import Seed, grid_size
+from lpcam.seeds.record import SeedRecord, grid_size
 
 
 class Thresholds(NamedTuple):
@@ -111,7 +111,7 @@ class IRN(HeadRefiner):
     def training(self, backbone: Backbone) -> RelationTraining:  # noqa: D102 - inherited
         return RelationTraining(backbone, radius=self.radius, lr=self.lr)
 
-    def label(self, image: Image.Image, seed: Seed) -> np.ndarray:  # noqa: D102 - inherited
+    def label(self, image: Image.Image, seed: SeedRecord) -> np.ndarray:  # noqa: D102 - inherited
         return relation_labels(image, seed, self.labels, conf_fg=self.conf_fg, conf_bg=self.conf_bg)
 
     @torch.inference_mode()
@@ -127,7 +127,7 @@ class IRN(HeadRefiner):
         own, mirrored = head.edge(backbone.stages(both), grid)
         return ((own + mirrored.flip(1)) / 2).sigmoid()
 
-    def refine(self, image_id: str, image: Image.Image, seed: Seed) -> Seed:  # noqa: D102 - inherited
+    def refine(self, image_id: str, image: Image.Image, seed: SeedRecord) -> SeedRecord:  # noqa: D102 - inherited
         if not len(seed.keys):
             return seed
         maps = torch.from_numpy(seed.maps.astype(np.float32))
@@ -142,4 +142,4 @@ class IRN(HeadRefiner):
         # One maximum for all classes: which of them is strongest stays as it is.
         highest = walked.max()
         scores = walked / highest if highest > 0 else walked
-        return Seed(seed.keys, scores.half().numpy(), seed.size)
+        return SeedRecord(seed.keys, scores.half().numpy(), seed.size)

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lpcam.backbones import Backbone
+from lpcam.models.backbones import Backbone
 from lpcam.data.dataset import Picture, open_picture
 from lpcam.data.transforms import normalize
 from lpcam.refiners.heads import HeadTraining, stage_channels
 from lpcam.refiners.irn.network import RelationNetwork
 from lpcam.refiners.pairs import PairLabels, affinity_loss, mean_where, pair_labels
 from lpcam.refiners.random_walk import at_offset, edge_affinity, pair_offsets
-from lpcam.seeds import grid_size
+from lpcam.seeds.record import grid_size
 
 
 def displacement_loss(displacement: Tensor, pairs: PairLabels, radius: int) -> Tensor:

@@ -1,0 +1,349 @@
+"""LPCAM for any torch classifier: ``cam = LPCAM(model).fit(loader)``, then ``cam(images)``."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor, nn
+
+from lpcam.prototypes.centers import Centers
+from lpcam.errors import InputError
+from lpcam.explain.feature_layers import evaluating, find_feature_layers
+from lpcam.functional import class_activation_map, merge_scales, normalize_maps
+from lpcam.prototypes.head import SIGNED, PrototypeHead
+from lpcam.prototypes.prototype_set import Prototypes
+from lpcam.storage.hashing import fingerprint
+from lpcam.prototypes.selection import fit_prototypes
+from lpcam.explain.views import SINGLE_VIEW, Views, check_pictures, view_features
+
+
+class LPCAM:
+    """Local-prototype class activation maps of a trained classifier.
+
+    The classifier's score has to be a linear layer on the mean of local features, as in ResNet,
+    ConvNeXt, EfficientNet, RegNet, Swin, or a ViT that averages its patch tokens. The bias of that
+    layer counts nowhere: not in CAM, and not in ``softmax(centre . w)`` that selects prototypes.
+
+    The model is only read. Hooks live only inside a call, after which every module has its own
+    training mode back. Pictures are moved to the model's device; maps stay there.
+
+    Args:
+        model: The classifier; it takes normalised pictures ``(B, 3, H, W)``.
+        target_layer: The layer of the local features, or its dotted name, if the one that is found
+            is not wanted; see :func:`~lpcam.explain.feature_layers.find_feature_layers`.
+        classifier: The linear layer, or its dotted name, likewise.
+        k: Clusters of foreground and of context features a class.
+        classes: Names of the C classes in the order of the scores; by default their numbers.
+        signed: What to do with features that may be negative (ConvNeXt, transformers): ``keep``
+            them, ``relu``, or ``center``: subtract the mean feature of the fitted pictures. This
+            concerns prototypes and what is compared with them, never the CAM of the classifier.
+        activation: The paper's tau: where a class's CAM, in 0..1, reaches it lies foreground.
+        class_score: The paper's mu_f: class prototypes score above it. Few centres reach 0.9 where
+            there are hundreds of classes, or weights that were never trained for them; lower it
+            then.
+        context_score: The paper's mu_b: context prototypes score below it.
+        context_floor: And above this; None for no bound. The published code has 0.05, for 20
+            classes.
+        seed: Seed of the clustering.
+        max_iter: Upper bound on its iterations.
+        example: Normalised pictures ``(B, 3, H, W)`` that the model takes, to find its layers with,
+            or the shape ``(3, H, W)`` of random ones.
+
+    Attributes:
+        layers: Where features and class weights are found.
+        centers: After a fit, the cluster centres before selection.
+
+    Raises:
+        InputError: An argument is unknown, or the layers cannot be found; with the reason.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer: nn.Module | str | None = None,
+        classifier: nn.Module | str | None = None,
+        k: int = 12,
+        *,
+        classes: Sequence[str] | None = None,
+        signed: str = "keep",
+        activation: float = 0.1,
+        class_score: float = 0.9,
+        context_score: float = 0.9,
+        context_floor: float | None = None,
+        seed: int = 0,
+        max_iter: int = 100,
+        example: Tensor | Sequence[int] = (3, 224, 224),
+    ) -> None:
+        if k < 1:
+            raise InputError(f"k={k}: needs at least one cluster")
+        if signed not in SIGNED:
+            raise InputError(f"signed={signed}: unknown; choose {', '.join(SIGNED)}")
+        if not isinstance(example, Tensor):
+            example = torch.randn(2, *example, generator=torch.Generator().manual_seed(0))
+        self.model = model
+        self.layers = find_feature_layers(
+            model, example.to(next(model.parameters())), target_layer, classifier
+        )
+        scores = len(self.layers.weight)
+        self.classes = tuple(str(c) for c in (classes or range(scores)))
+        if len(self.classes) != scores:
+            raise InputError(
+                f"classes: {len(self.classes)} names for the {scores} scores of the layer "
+                f"{self.layers.classifier_name}; give one for each"
+            )
+        self._settings: dict[str, Any] = {
+            "k": k,
+            "signed": signed,
+            "activation": activation,
+            "class_score": class_score,
+            "context_score": context_score,
+            "context_floor": context_floor,
+            "seed": seed,
+            "max_iter": max_iter,
+        }
+        self._found = {
+            "target_layer": self.layers.name,
+            "classifier": self.layers.classifier_name,
+            "example": list(example.shape[1:]),
+        }
+        self.centers: Centers | None = None
+        self._head: PrototypeHead | None = None
+
+    def __repr__(self) -> str:
+        """Where features and scores come from, and how much is fitted."""
+        fitted = len(self._head.fitted) if self._head else 0
+        return (
+            f"LPCAM({type(self.model).__name__}, target_layer={self.layers.name!r}, "
+            f"classifier={self.layers.classifier_name!r}): "
+            f"{fitted} of {len(self.classes)} classes fitted"
+        )
+
+    @property
+    def head(self) -> PrototypeHead:
+        """What makes maps from features; an InputError before anything is fitted."""
+        if self._head is None:
+            raise InputError("LPCAM: not fitted; call fit(loader) first, or LPCAM.load")
+        return self._head
+
+    @property
+    def prototypes(self) -> Prototypes:
+        """The fitted prototypes; assign an edited set, ``cam.prototypes.drop("cat", [3])``.
+
+        Raises:
+            InputError: Nothing is fitted yet, or the set has other classes or channels.
+        """
+        return self.head.prototypes
+
+    @prototypes.setter
+    def prototypes(self, value: Prototypes) -> None:
+        scores, dim = self.layers.weight.shape
+        found = sorted({tensor.shape[1] for tensor in value.own + value.context})
+        if len(value.classes) != scores or found != [dim]:
+            raise InputError(
+                f"prototypes: {len(value.classes)} classes of {found} channels for a model of "
+                f"{scores} classes of {dim}; give the model that they were fitted on"
+            )
+        self._head = PrototypeHead(value)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Local features ``(B, D, h, w)`` of pictures ``(B, 3, H, W)``, as the model has them."""
+        check_pictures(images)
+        with evaluating(self.model):
+            return self.layers.features(self.model, images.to(self.layers.classifier.weight))
+
+    def fit(self, loader: Iterable[Any], *, progress: bool = True) -> "LPCAM":
+        """Fit prototypes in one pass over pictures.
+
+        The features lie in a temporary folder meanwhile, half precision, and are gone afterwards,
+        errors or not. No more than one class's are in memory.
+
+        Args:
+            loader: Batches of (images ``(B, 3, H, W)``, multi-hot labels ``(B, C)``). The sizes of
+                pictures may differ between batches. A class without a picture is left out.
+            progress: Show bars.
+
+        Raises:
+            InputError: The labels do not fit the classifier, or features are not finite.
+        """
+        labels: list[np.ndarray] = []
+        with tempfile.TemporaryDirectory(prefix="lpcam-") as folder:
+            for images, batch_labels in track(loader, "Features", disable=not progress):
+                marked = self._multi_hot(batch_labels, len(images)).cpu().numpy()
+                features = self.features(images).permute(0, 2, 3, 1).half().cpu().numpy()
+                for own, own_labels in zip(features, marked, strict=True):
+                    np.save(Path(folder, f"{len(labels)}.npy"), own)
+                    labels.append(own_labels)
+            return self.fit_features(
+                lambda i: np.load(Path(folder, f"{i}.npy"), allow_pickle=False),
+                np.array(labels, bool).reshape(-1, len(self.classes)),
+                progress=progress,
+            )
+
+    def fit_features(
+        self,
+        features: Sequence[np.ndarray] | Callable[[int], np.ndarray],
+        labels: np.ndarray,
+        *,
+        progress: bool = True,
+    ) -> "LPCAM":
+        """Fit prototypes to features that are there already, :meth:`features` of single pictures.
+
+        Args:
+            features: Features ``(h, w, D)`` of each picture: a list, a memory-mapped array, or a
+                function of the picture's index.
+            labels: Multi-hot labels ``(N, C)``.
+            progress: Show a bar.
+
+        Raises:
+            InputError: The labels do not fit the classifier, or features are not finite.
+        """
+        read = features if callable(features) else features.__getitem__
+        marked = self._multi_hot(torch.as_tensor(labels), len(labels)).numpy()
+        if not marked.any():
+            raise InputError("labels: no picture shows any class; mark what it shows with a 1")
+        self.centers, prototypes = fit_prototypes(
+            lambda index: np.array(read(index), np.float16),
+            marked,
+            self.layers.weight.float().cpu(),
+            self.classes,
+            **self._settings,
+            progress=progress,
+        )
+        settings = self._settings | self._found
+        self.prototypes = replace(prototypes, model=fingerprint(self.model), settings=settings)
+        return self
+
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        views: Views = SINGLE_VIEW,
+        aggregate: str = "mean",
+    ) -> Tensor:
+        """Maps of all asked classes, from one forward pass a scale.
+
+        Args:
+            images: Normalised pictures ``(B, 3, H, W)``.
+            labels: Multi-hot labels ``(B, C)``, the classes to map in each picture; None for all
+                fitted ones.
+            views: Pairs (scale, whether mirrored), such as ``lpcam.explain.views.PAPER_VIEWS``. Features of
+                a picture and its mirror image are averaged, maps of scales are added.
+            aggregate: How similarities to several prototypes become one: ``mean`` (the paper),
+                ``max``, ``topk`` or ``lse``; see :meth:`~lpcam.prototypes.head.PrototypeHead.maps`.
+
+        Returns:
+            ``(B, C, H, W)`` in 0..1; zero for a class that is not asked for, or not fitted.
+
+        Raises:
+            InputError: Nothing is fitted, or an argument has a wrong shape or value.
+        """
+        return self._maps(images, labels, views, [self._lpcam(aggregate)])[0]
+
+    def compare(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        views: Views = SINGLE_VIEW,
+        aggregate: str = "mean",
+    ) -> tuple[Tensor, Tensor]:
+        """Maps as from a call, and those of plain CAM from the same forward passes.
+
+        Returns:
+            Both ``(B, C, H, W)`` in 0..1. CAM also has maps of asked classes that are not fitted.
+        """
+        heads = [self._lpcam(aggregate), self._cam]
+        lpcam, cam = self._maps(images, labels, views, heads)
+        return lpcam, cam
+
+    def similarity(self, images: Tensor, name: str | int, side: str = "class") -> Tensor:
+        """Cosine to every prototype of one class and side.
+
+        Args:
+            images: Normalised pictures ``(B, 3, H, W)``.
+            name: The class, by name or index.
+            side: ``class`` or ``context``.
+
+        Returns:
+            ``(B, P, H, W)`` in -1..1, in the order of ``prototypes.indices``.
+        """
+        cosine = self.head.similarity(self.features(images), name, side)
+        return F.interpolate(cosine, images.shape[2:], mode="bilinear", align_corners=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the prototypes, with the model's fingerprint, as one safetensors file."""
+        self.prototypes.save(Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module) -> "LPCAM":
+        """Read what :meth:`save` wrote, or the prototypes in a run's folder.
+
+        Args:
+            path: The file.
+            model: The model that the prototypes were fitted on.
+
+        Raises:
+            InputError: The file is missing or damaged, or belongs to another model.
+        """
+        prototypes = Prototypes.load(Path(path))
+        if prototypes.model and prototypes.model != (own := fingerprint(model)):
+            raise InputError(
+                f"{path}: prototypes of a model with fingerprint {prototypes.model}, this one has "
+                f"{own}; load the weights that they were fitted on"
+            )
+        cam = cls(model, **prototypes.settings)
+        cam.prototypes = prototypes
+        cam.classes = prototypes.classes
+        return cam
+
+    def _maps(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        views: Views,
+        heads: Sequence[Callable[[Tensor, Tensor], Tensor]],
+    ) -> list[Tensor]:
+        """Maps ``(B, C, H, W)`` of several heads from the same forward passes."""
+        check_pictures(images)
+        weight = self.layers.weight
+        if labels is None:
+            asked = torch.zeros(len(images), len(weight), dtype=torch.bool)
+            asked[:, self.head.fitted] = True
+        else:
+            asked = self._multi_hot(labels, len(images))
+        asked = asked.to(weight.device)
+        maps = [weight.new_zeros(*asked.shape, *images.shape[2:]) for _ in heads]
+        present = asked.any(0).nonzero()[:, 0]
+        if not len(present):
+            return maps
+        scales: list[list[Tensor]] = [[] for _ in heads]
+        for features in view_features(self.features, images, views):
+            with torch.autocast(weight.device.type, enabled=False):
+                for head, own in zip(heads, scales, strict=True):
+                    own.append(head(features, present)[asked[:, present]])
+        for full, own in zip(maps, scales, strict=True):
+            full[asked] = normalize_maps(merge_scales(own, (images.shape[2], images.shape[3])))
+        return maps
+
+    def _lpcam(self, aggregate: str) -> Callable[[Tensor, Tensor], Tensor]:
+        head = self.head
+        return lambda views, present: head.maps(views.mean(0), present, aggregate)
+
+    def _cam(self, views: Tensor, present: Tensor) -> Tensor:
+        maps = class_activation_map(views.flatten(0, 1), self.layers.weight[present])
+        return maps.unflatten(0, views.shape[:2]).sum(0)
+
+    def _multi_hot(self, labels: Tensor, count: int) -> Tensor:
+        if tuple(labels.shape) != (count, len(self.classes)):
+            raise InputError(
+                f"labels: shape {tuple(labels.shape)}; give multi-hot labels of shape "
+                f"({count}, {len(self.classes)})"
+            )
+        return labels != 0

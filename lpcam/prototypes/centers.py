@@ -1,0 +1,190 @@
+"""Clustering: the centres of each class's local features (section 3.2 of the paper)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lpcam.errors import InputError
+from lpcam.prototypes.kmeans import CHUNK, single_precision, spherical_kmeans
+from lpcam.prototypes.local_features import LocalFeatures, choose_pictures, split_features
+from lpcam.prototypes.prototype_set import SIDES
+
+
+@dataclass(frozen=True)
+class Centers:
+    """Cluster centres of every class and side, before selection.
+
+    Attributes:
+        centers: Raw means ``(C, 2, K, D)``; side 0 foreground, side 1 context. All zero for a class
+            that was skipped.
+        counts: Features in each cluster ``(C, 2, K)``; 0 where there is no cluster.
+        nearest: The features nearest to each centre, best first, at most one a picture:
+            ``(C, 2, K, n, 3)`` picture index, grid row, grid column; -1 where there is none.
+    """
+
+    centers: Tensor
+    counts: Tensor
+    nearest: Tensor
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file."""
+        save_file({k: v.contiguous() for k, v in vars(self).items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Centers":
+        """Read what :meth:`save` wrote."""
+        with safe_open(path, "pt") as file:
+            return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+def cluster(
+    features: LocalFeatures,
+    k: int,
+    *,
+    seed: int,
+    max_iter: int,
+    init: str = "k-means++",
+    tol: float = 1e-4,
+    nearest: int = 6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cluster one side of one class.
+
+    Returns:
+        Centres ``(K, D)``, counts ``(K,)`` and nearest features ``(K, nearest, 3)``, as in
+        :class:`Centers`.
+
+    Raises:
+        InputError: ``init`` is unknown, or there are fewer features than clusters.
+    """
+    start = None
+    if init == "random":
+        candidates = _with_direction(features.rows).nonzero()[:, 0]
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(candidates), generator=generator)[:k]
+        start = features.rows[candidates[order]]
+    elif init != "k-means++":
+        raise InputError(f"prototypes.init={init}: unknown; choose k-means++ or random")
+    result = spherical_kmeans(features.rows, k, init=start, seed=seed, max_iter=max_iter, tol=tol)
+    counts = torch.bincount(result.labels[result.labels >= 0], minlength=k)
+    places = torch.full((k, nearest, 3), -1, dtype=torch.int32)
+    cosine = _own_cosine(features.rows, result.centers, result.labels)
+    for j in range(k):
+        member = (result.labels == j).nonzero()[:, 0]
+        seen: set[int] = set()
+        for row in features.places[member[cosine[member].argsort(descending=True, stable=True)]]:
+            if len(seen) == nearest:
+                break
+            if int(row[0]) not in seen:
+                places[j, len(seen)] = row
+                seen.add(int(row[0]))
+    return result.centers, counts, places
+
+
+def _with_direction(rows: Tensor) -> Tensor:
+    """Which rows are not zero ``(N,)``; all at once would take a byte for each number."""
+    return torch.cat([chunk.any(1) for chunk in rows.split(CHUNK)])
+
+
+def _own_cosine(rows: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
+    """Cosine ``(N,)`` of each row to the centre of its cluster."""
+    unit = F.normalize(centers, dim=1).T
+    cosine = centers.new_empty(len(rows))
+    for part, own in single_precision(rows):
+        product = (own @ unit).gather(1, labels[part, None].clamp_min(0))[:, 0]
+        cosine[part] = product / torch.linalg.vector_norm(own, dim=1).clamp_min(1e-12)
+    return cosine
+
+
+def fit_centers(
+    read: Callable[[int], np.ndarray],
+    labels: np.ndarray,
+    weight: Tensor,
+    classes: Sequence[str],
+    *,
+    k: int,
+    tau: float,
+    seed: int = 0,
+    init: str = "k-means++",
+    tol: float = 1e-4,
+    max_iter: int = 100,
+    allow_missing: bool = False,
+    read_cam: Callable[[int, int], np.ndarray] | None = None,
+    chosen: Sequence[Sequence[int]] | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    progress: bool = False,
+) -> Centers:
+    """Collect and cluster, class by class (section 3.2 of the paper).
+
+    No more than one class's features are held at any time.
+
+    Args:
+        read: Gives a picture's local features ``(h, w, D)`` by its index.
+        labels: Image labels ``(N, C)``.
+        weight: Class weights ``(C, D)``.
+        classes: Names of the C classes.
+        k: Clusters on each side.
+        tau: Threshold of the split.
+        seed: Seed of the clustering.
+        init: Where the clustering starts: ``k-means++``, or ``random`` features as in the
+            published code.
+        tol: See :func:`~lpcam.prototypes.kmeans.spherical_kmeans`.
+        max_iter: Upper bound on its iterations.
+        allow_missing: Skip a class without pictures instead of failing, and make as many clusters
+            as there are features where these are fewer than k.
+        read_cam: Gives a picture's CAM of a class by both indices, see
+            :func:`~lpcam.prototypes.local_features.split_features`.
+        chosen: For each class the pictures to use, see
+            :func:`~lpcam.prototypes.local_features.choose_pictures`; by default all that show it.
+        transform: See :func:`~lpcam.prototypes.local_features.split_features`.
+        progress: Show a bar.
+
+    Raises:
+        InputError: Unless ``allow_missing``, a class has no picture, or a side of it fewer features
+            than clusters.
+    """
+    num_classes, dim = weight.shape
+    centers = torch.zeros(num_classes, 2, k, dim)
+    counts = torch.zeros(num_classes, 2, k, dtype=torch.int64)
+    nearest = torch.full((num_classes, 2, k, 6, 3), -1, dtype=torch.int32)
+    if chosen is None:
+        chosen = choose_pictures(labels)
+
+    def fit_class(c: int) -> None:
+        # A function, so that the features are gone before those of the next class come.
+        sides = split_features(
+            read,
+            chosen[c],
+            weight[c],
+            tau,
+            transform,
+            None if read_cam is None else lambda index: read_cam(index, c),
+        )
+        for side, features in enumerate(sides):
+            n = min(k, int(_with_direction(features.rows).sum())) if allow_missing else k
+            if allow_missing and n == 0:
+                continue
+            try:
+                fitted = cluster(features, n, seed=seed, max_iter=max_iter, init=init, tol=tol)
+            except InputError as error:
+                raise InputError(
+                    f"prototypes of class {classes[c]!r}, {SIDES[side]}: {error}"
+                ) from error
+            centers[c, side, :n], counts[c, side, :n], nearest[c, side, :n] = fitted
+
+    for c, name in enumerate(track(classes, "Clustering", disable=not progress)):
+        if chosen[c]:
+            fit_class(c)
+        elif not allow_missing:
+            raise InputError(
+                f"class {name!r} has no picture to learn prototypes from; "
+                "add some or set prototypes.allow_missing=true"
+            )
+    return Centers(centers, counts, nearest)

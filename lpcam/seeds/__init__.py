@@ -1,0 +1,1 @@
+"""Maps of one picture: the record that all producers and consumers share, and its mask."""

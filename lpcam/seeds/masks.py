@@ -1,0 +1,83 @@
+"""From maps to masks: the rule that decides a pixel, and the palette PNG that keeps it."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lpcam.storage.files import write_atomically
+
+
+def seed_mask(maps: Tensor, keys: np.ndarray, background: float) -> np.ndarray:
+    """Turn maps into a mask: the strongest class where it exceeds a constant background score.
+
+    Args:
+        maps: Maps ``(L, H, W)`` in 0..1.
+        keys: Class indices ``(L,)``.
+        background: The score that a class has to exceed.
+
+    Returns:
+        Mask ``(H, W)`` uint8: 0 background, class index + 1 elsewhere.
+    """
+    if not len(maps):
+        return np.zeros(maps.shape[1:], np.uint8)
+    score, best = maps.max(0)
+    labels = torch.as_tensor(keys + 1, dtype=torch.uint8)[best]
+    return torch.where(score > background, labels, 0).numpy()
+
+
+def mark_unsure(mask: np.ndarray, maps: Tensor, background: float, band: float) -> np.ndarray:
+    """Set pixels of a mask to 255 where the strongest score is close to the background score.
+
+    Args:
+        mask: Mask ``(H, W)`` from :func:`seed_mask`.
+        maps: The maps ``(L, H, W)`` it was made from.
+        background: The background score it was made with.
+        band: How far from it a score has to be to count as sure; 0 marks nothing.
+
+    Returns:
+        A new mask ``(H, W)`` uint8.
+    """
+    if not len(maps):
+        return mask
+    sure = (maps.amax(0) - background).abs().numpy() >= band
+    return np.where(sure, mask, 255).astype(np.uint8)
+
+
+def scores_of_labels(maps: Tensor, labels: Tensor) -> Tensor:
+    """Scores whose mask at background 0.5 is given: for rules that decide labels, not scores.
+
+    Each map is halved, and the map of a pixel's label lifted by 0.5, so that a sweep over other
+    thresholds still tells strong from weak. The label holds in float16, as records are stored.
+
+    Args:
+        maps: Maps in 0..1 ``(L, H, W)``.
+        labels: ``(H, W)``, integers: 0 background, place among the L maps + 1 elsewhere.
+
+    Returns:
+        Scores ``(L, H, W)`` in 0..1.
+    """
+    wins = torch.arange(1, len(maps) + 1)[:, None, None] == labels
+    # Above 0.5, float16 goes in steps of 2^-11.
+    return torch.where(wins, 0.5 + (maps / 2).clamp_min(2**-11), maps / 2)
+
+
+def palette() -> list[int]:
+    """The colours of VOC's masks: 256 RGB triples, each bit of a label spread over the channels."""
+    colours = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        channel, shift = bit % 3, 7 - bit // 3
+        colours[:, channel] |= (((np.arange(256) >> bit) & 1) << shift).astype(np.uint8)
+    return [int(value) for value in colours.flatten()]
+
+
+def save_mask(path: Path, mask: np.ndarray) -> None:
+    """Write a mask ``(H, W)`` uint8 as a palette PNG."""
+    image = Image.fromarray(mask)
+    image.putpalette(palette())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,85 @@
+"""The seed record, the one format that every producer and consumer of maps shares.
+
+``<id>.npz`` holds ``keys`` (L,) int64, the class indices, ``maps`` (L, h, w) float16 in 0..1 on the
+stride-4 grid, refined ones on any, and ``size`` (2,) int64, the picture's height and width. Never
+pickled. ``np.load`` reads it.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import ZIP_BZIP2, ZIP_STORED, ZipFile, ZipInfo
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpcam.storage.arrays import DAMAGE, read_arrays
+from lpcam.errors import InputError
+from lpcam.storage.files import write_atomically
+
+# Maps are stored in multiples of this, at most 0.001 off: a tenth of the step between the
+# thresholds that they are scored at. The digits below are noise, and noise does not compress.
+STEP = 2**-9
+
+
+@dataclass(frozen=True)
+class SeedRecord:
+    """The maps of one picture.
+
+    Attributes:
+        keys: Class indices ``(L,)``, int64.
+        maps: Maps in 0..1 ``(L, h, w)``: at a quarter of the picture's resolution, or at any other
+            when they are refined.
+        size: The picture's height and width in pixels.
+    """
+
+    keys: np.ndarray
+    maps: np.ndarray
+    size: tuple[int, int]
+
+    def full_size(self) -> Tensor:
+        """The maps at the picture's own size, ``(L, H, W)`` float32, bilinear."""
+        maps = torch.from_numpy(self.maps.astype(np.float32))
+        if not len(maps):
+            return maps.new_zeros(0, *self.size)
+        return F.interpolate(maps[None], self.size, mode="bilinear", align_corners=False)[0]
+
+
+def grid_size(size: tuple[int, int]) -> tuple[int, int]:
+    """The stride-4 grid of a picture: ``(H - 1) // 4 + 1`` rows and as many columns for W."""
+    return (size[0] - 1) // 4 + 1, (size[1] - 1) // 4 + 1
+
+
+def save_seed(path: Path, seed: SeedRecord) -> None:
+    """Write a seed record, its maps rounded to multiples of :data:`STEP`."""
+    arrays: dict[str, np.ndarray] = {
+        "keys": seed.keys.astype(np.int64),
+        "maps": (np.round(seed.maps.astype(np.float32) / STEP) * STEP).astype(np.float16),
+        "size": np.array(seed.size, np.int64),
+    }
+    buffer = io.BytesIO()
+    with ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            entry = ZipInfo(f"{name}.npy")  # of a fixed date: equal maps make equal files
+            # np.savez_compressed knows deflate only, which finds strings of bytes that come again;
+            # numbers of two bytes bzip2 makes a third smaller.
+            entry.compress_type = ZIP_BZIP2 if name == "maps" else ZIP_STORED
+            with archive.open(entry, "w") as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_seed(path: Path) -> SeedRecord:
+    """Read a seed record.
+
+    Raises:
+        InputError: The file is missing or damaged.
+    """
+    try:
+        arrays = read_arrays(path)
+        height, width = (int(side) for side in arrays["size"])
+        return SeedRecord(arrays["keys"], arrays["maps"], (height, width))
+    except DAMAGE as error:
+        raise InputError(f"{path}: not a readable seed record ({error}); delete it") from error

@@ -1,0 +1,1 @@
+"""Results on disk: what they are called by, how they get there whole, and how they are read."""

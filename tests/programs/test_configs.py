@@ -1,0 +1,88 @@
+"""Every option of every group composes, and every ``_target_`` is a class that may be called."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from lpcam.programs.entry import ALLOWED_MODULES
+from tests.conftest import ROOT
+
+CONF = ROOT / "conf"
+OPTIONS = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
+CASES = [
+    (program, option)
+    for program in ("train", "infer")
+    for option in OPTIONS
+    if f"- {option.parent.name}: " in (CONF / f"{program}.yaml").read_text()
+]
+
+
+@pytest.fixture(autouse=True)
+def hydra_at_conf(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("LPCAM_PROJECT", str(ROOT))
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def targets(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield value["_target_"]
+        for item in value.values():
+            yield from targets(item)
+
+
+def config(program: str, *overrides: str) -> dict[str, Any]:
+    cfg = compose(program, overrides=list(overrides))
+    return OmegaConf.to_container(cfg)
+
+
+@pytest.mark.parametrize(("program", "option"), CASES, ids=str)
+def test_every_option_composes(program: str, option: Path) -> None:
+    group, name = option.parent.name, option.stem
+    cfg = config(program, f"{group}={name}")
+    for target in targets(cfg):
+        assert target.split(".")[0] in ALLOWED_MODULES
+        assert callable(get_object(target))
+
+
+@pytest.mark.parametrize("group", ["backbone", "classifier", "trainer"])
+def test_options_of_a_group_have_the_same_keys(group: str) -> None:
+    """A value that exists in one classifier exists in all: overrides work with each."""
+    keys = [
+        set(config("train", f"{group}={path.stem}")[group]) - {"strategy"}
+        for path in (CONF / group).glob("*.yaml")
+    ]
+    assert all(own == keys[0] for own in keys)
+
+
+def test_train_and_infer_agree_on_the_classifier() -> None:
+    """Otherwise infer.py would look for another classifier than train.py leaves."""
+    train, infer = config("train"), config("infer")
+    for group in ("dataset", "backbone", "classifier", "seed", "paths"):
+        assert train[group] == infer[group]
+
+
+STUDIES = sorted((ROOT / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
+def test_every_study_composes_and_names_its_command(study: Path) -> None:
+    line = study.read_text().splitlines()[1]  # Hydra wants the package on the first
+    assert f"experiments={study.stem}" in line
+    cfg = compose("infer", [f"experiments={study.stem}"], return_hydra_config=True)
+    assert "hydra" not in cfg.get("experiments", {})
+    swept = cfg.hydra.sweeper.params
+    assert (cfg.hydra.mode is not None) == bool(swept)
+    for key, values in (swept or {}).items():
+        # What is swept is there to be changed.
+        value = str(values).split(",")[0]
+        if not value.startswith(("range", "interval")):
+            compose("infer", [f"{key}={value}"])

@@ -1,0 +1,349 @@
+"""train.py and infer.py from end to end, for real, on tiny data."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lpcam.prototypes.prototype_set import Prototypes
+from tests.conftest import ROOT, TINY, TINY_INFER, TINY_TRAIN, at
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the tiny classifier has been trained, by the real command line."""
+    root = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, "train.py", *TINY, *TINY_TRAIN, *at(root, "train")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=200)
+    return root
+
+
+@pytest.fixture
+def own(trained: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, to break."""
+    shutil.copytree(trained, tmp_path / "own")
+    return tmp_path / "own"
+
+
+def checkpoint(root: Path) -> Path:
+    (path,) = root.glob("store/classifier/*/last.ckpt")
+    return path
+
+
+def metrics(root: Path, run: str) -> dict[str, float]:
+    return json.loads((root / run / "metrics.json").read_text())
+
+
+def test_train_leaves_a_safe_checkpoint_and_its_scores(trained: Path) -> None:
+    state = torch.load(checkpoint(trained), weights_only=True)
+    assert state["epoch"] == 100
+    assert state["state_dict"]["head.weight"].shape[0] == 4
+    assert set(metrics(trained, "train")) == {"train/loss", "val/loss", "val/map", "val/f1"}
+
+
+def test_the_same_training_is_not_done_twice(program, own: Path) -> None:
+    before = checkpoint(own).stat().st_mtime_ns
+    outcome = program("train", *TINY, *TINY_TRAIN, *at(own))
+    assert outcome.status == 0
+    assert "Already trained" in outcome.stdout
+    assert checkpoint(own).stat().st_mtime_ns == before
+
+
+def test_infer_writes_everything_and_scores_it(program, own: Path) -> None:
+    outcome = program("infer", *TINY, *TINY_INFER, *at(own))
+    assert outcome.status == 0, outcome.stderr
+    run = own / "run"
+    ids = {f"{split}_{i:05d}" for split, n in (("train", 16), ("val", 8)) for i in range(n)}
+    assert {path.stem for path in (run / "maps").iterdir()} == ids
+    assert {path.stem for path in (run / "masks").iterdir()} == ids
+
+    (tree,) = own.glob("data/shapes/seed0-*[0-9a-f]")
+    for image_id in ids:
+        picture = Image.open(tree / "JPEGImages" / f"{image_id}.jpg")
+        with np.load(run / "maps" / f"{image_id}.npz", allow_pickle=False) as seed:
+            assert seed["keys"].dtype == np.int64
+            assert seed["maps"].dtype == np.float16
+            assert tuple(seed["size"]) == picture.size[::-1]
+            height, width = ((side - 1) // 4 + 1 for side in seed["size"])
+            assert seed["maps"].shape == (len(seed["keys"]), height, width)
+            values = {0, *(seed["keys"] + 1)}
+        mask = Image.open(run / "masks" / f"{image_id}.png")
+        assert mask.mode == "P"
+        assert mask.size == picture.size
+        assert set(np.unique(np.asarray(mask))) <= values
+
+    values = metrics(own, "run")
+    assert all(0 <= value <= 1 for value in values.values())
+    for split in ("train", "val"):
+        for stage in ("cam", "lpcam", "lpcam_class"):
+            found = {key.split("/", 2)[2] for key in values if key.startswith(f"{split}/{stage}/")}
+            assert found >= {
+                "miou", "best_threshold", "miou_at_threshold", "precision", "recall", "fp", "fn",
+                "threshold_width", "iou/background", "iou/ringhead",
+            }  # fmt: skip
+    prototypes = Prototypes.load(run / "prototypes.safetensors")
+    assert prototypes.classes == ("ringhead", "stripehead", "spothead", "checkhead")
+    assert all(len(own) for own in prototypes.own)
+    for name in ("config.yaml", "report.html", "DONE.json", "figures/gallery.png"):
+        assert (run / name).stat().st_size > 100
+    assert "LPCAM" in outcome.stdout
+
+
+def test_what_changes_nothing_changes_nothing(program, own: Path) -> None:
+    """Batch size, worker processes and the order of scales leave every score as it is."""
+    program("infer", *TINY, *TINY_INFER, *at(own, "first"))
+    shutil.rmtree(own / "store" / "maps")
+    changed = ("inference.batch_size=5", "num_workers=2", "inference.scales=[1.0,0.5]")
+    program("infer", *TINY, *TINY_INFER, *changed, *at(own, "second"))
+    first, second = metrics(own, "first"), metrics(own, "second")
+    assert first.keys() == second.keys()
+    assert first == pytest.approx(second, abs=2e-3)
+
+
+def test_a_second_run_reuses_every_stage(program, own: Path) -> None:
+    program("infer", *TINY, *TINY_INFER, *at(own, "first"))
+    stages = sorted(own.glob("store/*/*/manifest.json"))
+    times = [path.stat().st_mtime_ns for path in stages]
+    program("infer", *TINY, *TINY_INFER, *at(own, "second"))
+    assert sorted(own.glob("store/*/*/manifest.json")) == stages
+    assert [path.stat().st_mtime_ns for path in stages] == times
+    assert metrics(own, "first") == metrics(own, "second")
+
+
+def test_a_threshold_repeats_neither_features_nor_clustering(program, own: Path) -> None:
+    program("infer", *TINY, *TINY_INFER, *at(own, "first"))
+    before = {path for name in ("features", "centers") for path in own.glob(f"store/{name}/*")}
+    program("infer", *TINY, *TINY_INFER, "thresholds.class_score=0.3", *at(own, "second"))
+    after = {path for name in ("features", "centers") for path in own.glob(f"store/{name}/*")}
+    assert before == after
+
+
+@pytest.mark.parametrize("use", ["class", "context"])
+def test_one_kind_of_prototype_alone(program, own: Path, use: str) -> None:
+    outcome = program("infer", *TINY, *TINY_INFER, f"prototypes.use={use}", *at(own))
+    assert outcome.status == 0, outcome.stderr
+    maps = [np.load(path)["maps"] for path in (own / "run" / "maps").glob("val*")]
+    assert all(float(one.max()) > 0.9 for picture in maps for one in picture)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["refiner=par", "refiner.source=cam"],
+        ["refiner=irn", "refiner.epochs=1", "refiner.crop=96"],
+        ["refiner=psa", "refiner.epochs=1", "refiner.crop=96"],
+    ],
+    ids=lambda options: options[0].split("=")[1],
+)
+def test_a_refiner_makes_scores_and_the_masks(program, own: Path, options: list[str]) -> None:
+    outcome = program("infer", *TINY, *TINY_INFER, *options, "report=false", *at(own))
+    assert outcome.status == 0, outcome.stderr
+    values = metrics(own, "run")
+    assert {f"{split}/refined/miou" for split in ("train", "val")} <= values.keys()
+    (stage, *_) = own.glob("store/refined/*/val_00000.npz")
+    assert stage.read_bytes() == (own / "run" / "refined" / "val_00000.npz").read_bytes()
+    with np.load(own / "run" / "maps" / "val_00000.npz") as seed:
+        assert seed["maps"].shape[1:] == tuple((side - 1) // 4 + 1 for side in seed["size"])
+    assert len(list((own / "run" / "masks").iterdir())) == 24
+
+
+def test_masks_leave_unsure_pixels_open(program, own: Path) -> None:
+    program("infer", *TINY, *TINY_INFER, "report=false", *at(own, "sure"))
+    band = "thresholds.unsure_band=0.1"
+    program("infer", *TINY, *TINY_INFER, band, "report=false", *at(own, "unsure"))
+    opened = 0
+    for path in (own / "sure" / "masks").iterdir():
+        sure, other = (
+            np.array(Image.open(own / run / "masks" / path.name)) for run in ("sure", "unsure")
+        )
+        open_ = other == 255
+        assert (sure[~open_] == other[~open_]).all()
+        opened += open_.sum()
+    assert opened > 100
+    assert metrics(own, "sure") == metrics(own, "unsure")
+
+
+def test_a_refiner_that_lacks_its_files_says_so(program, own: Path) -> None:
+    missing = ["refiner=sam", f"refiner.folder={own / 'nowhere'}"]
+    outcome = program("infer", *TINY, *TINY_INFER, *missing, *at(own))
+    assert_one_line(outcome, "nowhere")
+
+
+def test_a_finished_run_is_not_repeated(program, own: Path) -> None:
+    run = (*TINY, *TINY_INFER, "report=false", *at(own))
+    assert "Already done" not in program("infer", *run).stdout
+    assert "Already done" in program("infer", *run).stdout
+    assert "Already done" not in program("infer", *run, "thresholds.seed_background=0.3").stdout
+
+
+def test_killed_training_goes_on_from_its_checkpoint(program, tmp_path: Path) -> None:
+    long = ("classifier.epochs=200", "classifier.validate_every=2", "classifier.batch_size=8")
+    command = [sys.executable, "train.py", *TINY, *long, *at(tmp_path, "killed")]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 200
+        while not (found := list(tmp_path.glob("store/classifier/*.partial/last.ckpt"))):
+            assert process.poll() is None, "training ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    reached = torch.load(found[0], weights_only=True)["epoch"]
+    assert 1 <= reached < 199
+
+    outcome = program("train", *TINY, *long, "logger=csv", *at(tmp_path, "resumed"))
+    assert outcome.status == 0, outcome.stderr
+    with (tmp_path / "resumed" / "csv" / "metrics.csv").open() as file:
+        epochs = [int(row["epoch"]) for row in csv.DictReader(file) if row["val/map"]]
+    assert epochs == list(range(reached + 2, 200, 2))
+    assert torch.load(checkpoint(tmp_path), weights_only=True)["epoch"] == 200
+
+
+def test_a_failing_training_in_a_sweep_ends_with_status_1(program, tmp_path: Path) -> None:
+    wrong = ("classifier.optimizer=nonsense,sgd", "classifier.epochs=1")
+    folders = (f"paths.root={tmp_path}", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    outcome = program("train", "-m", *TINY, *wrong, *folders)
+    assert outcome.status == 1
+    assert "classifier.optimizer=nonsense" in outcome.stderr
+    assert len(list((tmp_path / "sweep").glob("*/FAILED.txt"))) == 1
+    assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 1  # the other went on
+
+
+def test_infer_says_which_command_trains(program, own: Path) -> None:
+    outcome = program("infer", *TINY, *TINY_INFER, "seed=7", *at(own))
+    assert_one_line(outcome, "no classifier for these settings; train it first:  python train.py")
+    assert "seed=7" in outcome.stderr
+    assert "prototypes.k" not in outcome.stderr
+
+
+def assert_one_line(outcome, *parts: str) -> None:
+    assert outcome.status == 1
+    (line,) = outcome.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["prototypes.kk=3"], ["prototypes.kk"]),
+        (["dataset=nonsense"], ["dataset", "nonsense"]),
+        (["prototypes.k=100000"], ["k=100000", "lower k"]),
+        (["prototypes.use=neither"], ["prototypes.use=neither", "both"]),
+        (["backbone.name=nonsense"], ["backbone.name=nonsense"]),
+        (["ckpt=missing.ckpt"], ["missing.ckpt"]),
+        (["dataset.train_split=nonsense"], ["nonsense.txt"]),
+        (["trainer._target_=os.system"], ["os.system", "refused"]),
+        (["trainer._target_=lpcam.storage.store.shutil.rmtree"], ["rmtree", "refused"]),
+        (["dataset._target_=lpcam.data.nonsense.X"], ["lpcam.data.nonsense.X"]),
+    ],
+)
+def test_bad_settings_end_with_one_line(program, own: Path, overrides, parts) -> None:
+    assert_one_line(program("infer", *TINY, *TINY_INFER, *overrides, *at(own)), *parts)
+
+
+def test_a_checkpoint_of_another_class_count(program, own: Path) -> None:
+    state = torch.load(checkpoint(own), weights_only=True)
+    state["state_dict"]["head.weight"] = state["state_dict"]["head.weight"][:3].clone()
+    torch.save(state, own / "three.ckpt")
+    outcome = program("infer", *TINY, *TINY_INFER, f"ckpt={own / 'three.ckpt'}", *at(own))
+    assert_one_line(outcome, "three.ckpt", "3 classes", "has 4")
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, int]]:
+        return os.mkdir, (self.path, 0o700)
+
+
+def test_a_checkpoint_of_pickled_objects_is_never_unpickled(program, own: Path) -> None:
+    torch.save({"state_dict": Bomb(str(own / "exploded"))}, own / "bomb.ckpt")
+    outcome = program("infer", *TINY, *TINY_INFER, f"ckpt={own / 'bomb.ckpt'}", *at(own))
+    assert_one_line(outcome, "bomb.ckpt")
+    assert not (own / "exploded").exists()
+
+
+def user_tree(own: Path) -> tuple[Path, list[str]]:
+    """The generated tree as a user's own VOC folder, which nobody repairs."""
+    (tree,) = own.glob("data/shapes/seed0-*[0-9a-f]")
+    shutil.copytree(tree, own / "mine")
+    return own / "mine", [
+        *(o for o in TINY if not o.startswith("dataset")),
+        *TINY_INFER,
+        "dataset=voc",
+        f"dataset.root={own / 'mine'}",
+        "+dataset.classes=[ringhead,stripehead,spothead,checkhead]",
+        "dataset.train_split=train",
+        "dataset.prototype_split=train",
+        "dataset.map_splits=[val]",
+        f"ckpt={checkpoint(own)}",
+        *at(own),
+    ]
+
+
+def test_an_unreadable_picture_is_named(program, own: Path) -> None:
+    tree, overrides = user_tree(own)
+    path = tree / "JPEGImages" / "val_00003.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+    assert_one_line(program("infer", *overrides), "val_00003.jpg", "not a readable image")
+
+
+def test_a_mask_of_another_size_is_named(program, own: Path) -> None:
+    tree, overrides = user_tree(own)
+    path = tree / "SegmentationClass" / "val_00002.png"
+    Image.open(path).resize((33, 21)).save(path)
+    assert_one_line(program("infer", *overrides), "val_00002.png", "33x21")
+
+
+def test_an_empty_split_is_named(program, own: Path) -> None:
+    tree, overrides = user_tree(own)
+    (tree / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
+    assert_one_line(program("infer", *overrides), "val.txt", "empty")
+
+
+@pytest.mark.parametrize("logger", ["csv", "tensorboard", "wandb"])
+def test_loggers_keep_the_metrics(program, own: Path, logger: str, monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(own / "no-netrc"))
+    outcome = program("infer", *TINY, *TINY_INFER, f"logger={logger}", *at(own))
+    assert outcome.status == 0, outcome.stderr
+    folder = own / "run" / logger
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) > 500
+    if logger == "csv":
+        header = (folder / "metrics.csv").read_text().splitlines()[0]
+        assert "val/lpcam/miou" in header
+    if logger == "wandb":
+        assert re.search(r"wandb sync \S+", outcome.stdout)
+
+
+def test_help_answers_without_heavy_imports() -> None:
+    """Neither --help nor a typo waits for torch."""
+    code = (
+        "import runpy, sys; sys.argv = ['train.py', '--help'];\n"
+        "try: runpy.run_path('train.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'timm', 'pytorch_lightning', 'wandb'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cutouts" in done.stdout
