@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lpcam.models.backbones import build_backbone
 from lpcam.functional import class_activation_map, local_prototype_map, prototype_directions
+from lpcam.models.backbones import build_backbone
 
 ROUNDS, CLASSES, OWN, CONTEXT = 15, 2, 10, 8
 

@@ -15,11 +15,11 @@ import torch
 from rich.progress import track
 
 from lpcam import LPCAM
-from lpcam.models.backbones import build_backbone
 from lpcam.data.cutouts import Cutouts
 from lpcam.data.dataset import Picture
 from lpcam.data.loaders import view_loader
 from lpcam.evaluation import SegmentationScore
+from lpcam.models.backbones import build_backbone
 
 # Ranges of ImageNet indices, ends included.
 BELONGS = {

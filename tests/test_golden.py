@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from lpcam.prototypes.centers import Centers
 from lpcam.functional import local_prototype_map, normalize_maps, prototype_directions
-from lpcam.stages.callbacks import LPCAMCallback, MapHead
+from lpcam.prototypes.centers import Centers
 from lpcam.prototypes.kmeans import spherical_kmeans
 from lpcam.prototypes.local_features import split_features
 from lpcam.prototypes.selection import select, select_prototypes
+from lpcam.stages.callbacks import LPCAMCallback, MapHead
 from tests.conftest import ROOT
 from tests.oracles.interpolation import top_left
 from tests.oracles.prototypes import class_probability, split

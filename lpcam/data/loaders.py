@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from lpcam.data.crops import RandomCrop
 from lpcam.data.dataset import Picture, multi_hot, open_image, open_picture
-from lpcam.data.transforms import TrainTransform, normalize, rescale
+from lpcam.data.transforms import normalize, rescale
 
 
 class ViewBatch(TypedDict):
@@ -120,7 +121,7 @@ def start_method(num_workers: int) -> str | None:
 
 class _TrainPictures(Dataset[tuple[Tensor, Tensor]]):
     def __init__(
-        self, pictures: Sequence[Picture], num_classes: int, transform: TrainTransform
+        self, pictures: Sequence[Picture], num_classes: int, transform: RandomCrop
     ) -> None:
         self.pictures = pictures
         self.labels = torch.from_numpy(multi_hot(pictures, num_classes))
@@ -136,7 +137,7 @@ class _TrainPictures(Dataset[tuple[Tensor, Tensor]]):
 def train_loader(
     pictures: Sequence[Picture],
     num_classes: int,
-    transform: TrainTransform,
+    transform: RandomCrop,
     *,
     batch_size: int,
     shuffle: bool = True,

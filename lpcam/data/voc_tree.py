@@ -19,8 +19,8 @@ from lpcam.data.compose import Sample, Sprite, compose
 from lpcam.data.voc import VOC
 from lpcam.errors import InputError
 from lpcam.seeds.masks import save_mask
-from lpcam.storage.hashing import digest
 from lpcam.storage.files import write_json
+from lpcam.storage.hashing import digest
 
 SPLITS = ("train", "val")
 

@@ -12,15 +12,17 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
-from lpcam.prototypes.centers import Centers
 from lpcam.errors import InputError
 from lpcam.explain.feature_layers import evaluating, find_feature_layers
-from lpcam.functional import class_activation_map, merge_scales, normalize_maps
+from lpcam.explain.views import SINGLE_VIEW, Views, check_pictures, view_features
+from lpcam.functional import merge_scales, normalize_maps
+from lpcam.prototypes.centers import Centers, Clustering
+from lpcam.prototypes.class_head import LinearHead
 from lpcam.prototypes.head import SIGNED, PrototypeHead
 from lpcam.prototypes.prototype_set import Prototypes
-from lpcam.storage.hashing import fingerprint
-from lpcam.prototypes.selection import fit_prototypes
-from lpcam.explain.views import SINGLE_VIEW, Views, check_pictures, view_features
+from lpcam.prototypes.selection import Selection, fit_prototypes
+from lpcam.settings import make
+from lpcam.storage.hashing import tensors_digest
 
 
 class LPCAM:
@@ -80,10 +82,17 @@ class LPCAM:
         max_iter: int = 100,
         example: Tensor | Sequence[int] = (3, 224, 224),
     ) -> None:
-        if k < 1:
-            raise InputError(f"k={k}: needs at least one cluster")
         if signed not in SIGNED:
             raise InputError(f"signed={signed}: unknown; choose {', '.join(SIGNED)}")
+        clustering = {"k": k, "activation": activation, "seed": seed, "max_iter": max_iter}
+        selection = {
+            "class_score": class_score,
+            "context_score": context_score,
+            "context_floor": context_floor,
+        }
+        # A class without pictures is left out; one with few features gets fewer clusters.
+        self._clustering = make(Clustering, {**clustering, "allow_missing": True})
+        self._selection = make(Selection, selection)
         if not isinstance(example, Tensor):
             example = torch.randn(2, *example, generator=torch.Generator().manual_seed(0))
         self.model = model
@@ -97,17 +106,11 @@ class LPCAM:
                 f"classes: {len(self.classes)} names for the {scores} scores of the layer "
                 f"{self.layers.classifier_name}; give one for each"
             )
+        self._signed = signed
         self._settings: dict[str, Any] = {
-            "k": k,
+            **clustering,
+            **selection,
             "signed": signed,
-            "activation": activation,
-            "class_score": class_score,
-            "context_score": context_score,
-            "context_floor": context_floor,
-            "seed": seed,
-            "max_iter": max_iter,
-        }
-        self._found = {
             "target_layer": self.layers.name,
             "classifier": self.layers.classifier_name,
             "example": list(example.shape[1:]),
@@ -143,13 +146,13 @@ class LPCAM:
     @prototypes.setter
     def prototypes(self, value: Prototypes) -> None:
         scores, dim = self.layers.weight.shape
-        found = sorted({tensor.shape[1] for tensor in value.own + value.context})
+        found = sorted({tensor.shape[1] for tensor in value.foreground + value.context})
         if len(value.classes) != scores or found != [dim]:
             raise InputError(
                 f"prototypes: {len(value.classes)} classes of {found} channels for a model of "
                 f"{scores} classes of {dim}; give the model that they were fitted on"
             )
-        self._head = PrototypeHead(value)
+        self._head = PrototypeHead(value).to(self.layers.weight.device)
 
     def features(self, images: Tensor) -> Tensor:
         """Local features ``(B, D, h, w)`` of pictures ``(B, 3, H, W)``, as the model has them."""
@@ -176,9 +179,9 @@ class LPCAM:
             for images, batch_labels in track(loader, "Features", disable=not progress):
                 marked = self._multi_hot(batch_labels, len(images)).cpu().numpy()
                 features = self.features(images).permute(0, 2, 3, 1).half().cpu().numpy()
-                for own, own_labels in zip(features, marked, strict=True):
-                    np.save(Path(folder, f"{len(labels)}.npy"), own)
-                    labels.append(own_labels)
+                for picture, shown in zip(features, marked, strict=True):
+                    np.save(Path(folder, f"{len(labels)}.npy"), picture)
+                    labels.append(shown)
             return self.fit_features(
                 lambda i: np.load(Path(folder, f"{i}.npy"), allow_pickle=False),
                 np.array(labels, bool).reshape(-1, len(self.classes)),
@@ -207,16 +210,20 @@ class LPCAM:
         marked = self._multi_hot(torch.as_tensor(labels), len(labels)).numpy()
         if not marked.any():
             raise InputError("labels: no picture shows any class; mark what it shows with a 1")
+        weight = self.layers.weight.float().cpu()
         self.centers, prototypes = fit_prototypes(
             lambda index: np.array(read(index), np.float16),
             marked,
-            self.layers.weight.float().cpu(),
+            LinearHead(weight),
             self.classes,
-            **self._settings,
+            self._clustering,
+            self._selection,
+            dim=weight.shape[1],
+            signed=self._signed,
             progress=progress,
         )
-        settings = self._settings | self._found
-        self.prototypes = replace(prototypes, model=fingerprint(self.model), settings=settings)
+        fingerprint = tensors_digest(self.model.state_dict())
+        self.prototypes = replace(prototypes, model=fingerprint, settings=self._settings)
         return self
 
     def __call__(
@@ -233,8 +240,8 @@ class LPCAM:
             images: Normalised pictures ``(B, 3, H, W)``.
             labels: Multi-hot labels ``(B, C)``, the classes to map in each picture; None for all
                 fitted ones.
-            views: Pairs (scale, whether mirrored), such as ``lpcam.explain.views.PAPER_VIEWS``. Features of
-                a picture and its mirror image are averaged, maps of scales are added.
+            views: Pairs (scale, whether mirrored), such as ``lpcam.explain.views.PAPER_VIEWS``.
+                Features of a picture and its mirror image are averaged, maps of scales are added.
             aggregate: How similarities to several prototypes become one: ``mean`` (the paper),
                 ``max``, ``topk`` or ``lse``; see :meth:`~lpcam.prototypes.head.PrototypeHead.maps`.
 
@@ -293,10 +300,11 @@ class LPCAM:
             InputError: The file is missing or damaged, or belongs to another model.
         """
         prototypes = Prototypes.load(Path(path))
-        if prototypes.model and prototypes.model != (own := fingerprint(model)):
+        fingerprint = tensors_digest(model.state_dict())
+        if prototypes.model not in ("", fingerprint):
             raise InputError(
                 f"{path}: prototypes of a model with fingerprint {prototypes.model}, this one has "
-                f"{own}; load the weights that they were fitted on"
+                f"{fingerprint}; load the weights that they were fitted on"
             )
         cam = cls(model, **prototypes.settings)
         cam.prototypes = prototypes
@@ -326,10 +334,10 @@ class LPCAM:
         scales: list[list[Tensor]] = [[] for _ in heads]
         for features in view_features(self.features, images, views):
             with torch.autocast(weight.device.type, enabled=False):
-                for head, own in zip(heads, scales, strict=True):
-                    own.append(head(features, present)[asked[:, present]])
-        for full, own in zip(maps, scales, strict=True):
-            full[asked] = normalize_maps(merge_scales(own, (images.shape[2], images.shape[3])))
+                for head, found in zip(heads, scales, strict=True):
+                    found.append(head(features, present)[asked[:, present]])
+        for full, found in zip(maps, scales, strict=True):
+            full[asked] = normalize_maps(merge_scales(found, (images.shape[2], images.shape[3])))
         return maps
 
     def _lpcam(self, aggregate: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -337,7 +345,7 @@ class LPCAM:
         return lambda views, present: head.maps(views.mean(0), present, aggregate)
 
     def _cam(self, views: Tensor, present: Tensor) -> Tensor:
-        maps = class_activation_map(views.flatten(0, 1), self.layers.weight[present])
+        maps = LinearHead(self.layers.weight).own_maps(views.flatten(0, 1), present)
         return maps.unflatten(0, views.shape[:2]).sum(0)
 
     def _multi_hot(self, labels: Tensor, count: int) -> Tensor:

@@ -125,9 +125,9 @@ def save_masks(
             f"save_masks: {maps.shape[1]} classes do not fit a palette of 254; pass those of "
             "interest, maps[:, chosen] and labels[:, chosen]"
         )
-    for own, own_labels, path in zip(maps.cpu(), labels.cpu(), paths, strict=True):
-        keys = own_labels.nonzero()[:, 0]
-        save_mask(Path(path), seed_mask(own[keys], keys.numpy(), background))
+    for picture, shown, path in zip(maps.cpu(), labels.cpu(), paths, strict=True):
+        keys = shown.nonzero()[:, 0]
+        save_mask(Path(path), seed_mask(picture[keys], keys.numpy(), background))
 
 
 def export_coco(folder: str | Path, path: str | Path, category_ids: Sequence[int]) -> int:

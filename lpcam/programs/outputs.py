@@ -1,24 +1,62 @@
-"""What a run puts into its own folder, and what its report says about prototypes."""
+"""What a run puts into its own folder and into its log."""
 
 import functools
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from lpcam.prototypes.centers import Centers
-from lpcam.models.classifier import Classifier
-from lpcam.data.dataset import Picture, SegmentationDataset
-from lpcam.storage.parallel import for_each
-from lpcam.stages.features import read_features
-from lpcam.prototypes.prototype_set import SIDES, Prototypes
+from omegaconf import DictConfig, OmegaConf
+
+from lpcam.data.dataset import Picture
+from lpcam.programs.build import build
+from lpcam.programs.entry import choices, command_line
+from lpcam.programs.run import Results, Run
+from lpcam.prototypes.prototype_set import SIDES
 from lpcam.prototypes.selection import class_score
-from lpcam.reporting.report import PrototypeView
-from lpcam.seeds.record import load_seed
+from lpcam.reporting.patches import PrototypeView
+from lpcam.reporting.report import write_report
+from lpcam.reporting.shown import choose_pictures, show
+from lpcam.reporting.tracking import recording, start
+from lpcam.reporting.wandb_content import log_results
 from lpcam.seeds.masks import mark_unsure, save_mask, seed_mask
+from lpcam.seeds.record import load_seed
+from lpcam.stages.features import read_features
+from lpcam.storage.files import write_atomically, write_json
+from lpcam.storage.hashing import tensors_digest
+from lpcam.storage.parallel import for_each
 from lpcam.storage.store import Stage
 
+PROTOTYPES, METRICS = "prototypes.safetensors", "metrics.json"
 
-def export(
+
+def save(output: Path, cfg: DictConfig, run: Run, results: Results) -> None:
+    """Write config, metrics, prototypes, maps and masks.
+
+    Args:
+        output: The run's folder.
+        cfg: The run's config.
+        run: The job.
+        results: What its stages gave.
+    """
+    write_atomically(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_json(output / METRICS, results.metrics)
+    fingerprint = tensors_digest(run.host.state_dict())
+    replace(run.prototypes, model=fingerprint).save(output / PROTOTYPES)
+    refined = results.maps.get("refined", {})
+    for split in run.dataset.map_splits:
+        _save_maps(
+            output,
+            results.maps[cfg.refiner.source][split],
+            refined.get(split),
+            run.dataset.pictures(split),
+            run.threshold("refined" if refined else cfg.refiner.source),
+            cfg.thresholds.unsure_band,
+        )
+
+
+def _save_maps(
     output: Path,
     seeds: Stage,
     refined: Stage | None,
@@ -59,25 +97,38 @@ def export(
     for_each(write, pictures, "Writing masks")
 
 
-def prototype_views(
-    found: Stage,
-    centers: Centers,
-    prototypes: Prototypes,
-    classifier: Classifier,
-    dataset: SegmentationDataset,
-) -> list[PrototypeView]:
+def report(output: Path, cfg: DictConfig, run: Run, results: Results) -> None:
+    """Write ``report.html`` and ``figures/*.png``; arguments as for :func:`save`."""
+    dataset = run.dataset
+    write_report(
+        output / "report.html",
+        title=f"LPCAM on {cfg.dataset._target_.split('.')[-1]}",
+        command=command_line("infer", run.overrides),
+        config=OmegaConf.to_yaml(cfg, resolve=True),
+        dataset=dataset,
+        splits={split: dataset.pictures(split) for split in dataset.map_splits},
+        methods=list(results.methods.values()),
+        threshold=cfg.thresholds.seed_background,
+        prototypes=_prototype_views(run),
+        seconds={name: stage.manifest["seconds"] for name, stage in results.stages.items()},
+        gallery_split=dataset.map_splits[-1],
+    )
+
+
+def _prototype_views(run: Run) -> list[PrototypeView]:
     """What the report says about every prototype, kept or not."""
+    dataset, centers = run.dataset, run.centers
     pictures = dataset.pictures(dataset.prototype_split)
 
     @functools.cache
     def grid(index: int) -> tuple[int, int]:
-        height, width, _ = read_features(found, pictures[index], "local").shape
+        height, width, _ = read_features(run.features, pictures[index], "local").shape
         return height, width
 
     views = []
     for c, name in enumerate(dataset.classes):
         for s, side in enumerate(SIDES):
-            scores = class_score(centers.centers[c, s], classifier.weight, c)
+            scores = class_score(run.host, centers.centers[c, s], c)
             for j in centers.counts[c, s].nonzero()[:, 0].tolist():
                 places = [p for p in centers.nearest[c, s, j].tolist() if p[0] >= 0]
                 patches = [
@@ -91,8 +142,30 @@ def prototype_views(
                         index=j,
                         score=float(scores[j]),
                         count=int(centers.counts[c, s, j]),
-                        kept=j in prototypes.indices[c][s],
+                        kept=j in run.prototypes.indices[c][s],
                         patches=patches,
                     )
                 )
     return views
+
+
+def log(output: Path, cfg: DictConfig, run: Run, results: Results) -> None:
+    """Send the run to the configured logger; arguments as for :func:`save`."""
+    dataset, split = run.dataset, run.dataset.map_splits[-1]
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    keys = {"store": {name: stage.key for name, stage in results.stages.items()}}
+    used = {}
+    if run.trained.stage:
+        used[f"classifier-{run.trained.stage.key}"] = run.trained.checkpoint
+    with recording():
+        chosen = choose_pictures(dataset.pictures(split), cfg.shown_pictures)
+        log_results(
+            start(build(cfg.logger), config | keys, choices()),
+            metrics=results.metrics,
+            scores=results.scores,
+            classes=dataset.classes,
+            figures=sorted((output / "figures").glob("*.png")),
+            shown=show(dataset, chosen, results.methods, split, cfg.thresholds.seed_background),
+            made={"prototypes": output / PROTOTYPES, "metrics": output / METRICS},
+            used=used,
+        )

@@ -3,19 +3,24 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+import pydantic
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lpcam.errors import InputError
+from lpcam.prototypes.class_head import ClassHead
 from lpcam.prototypes.kmeans import CHUNK, single_precision, spherical_kmeans
-from lpcam.prototypes.local_features import LocalFeatures, choose_pictures, split_features
+from lpcam.prototypes.local_features import Draw, LocalFeatures, draw_pictures, split_features
 from lpcam.prototypes.prototype_set import SIDES
+from lpcam.settings import CHECKED, Count, Seed, Share
 
 
 @dataclass(frozen=True)
@@ -45,37 +50,69 @@ class Centers:
             return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
+@pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
+class Clustering:
+    """How local features are split and clustered.
+
+    Attributes:
+        k: Clusters of foreground and of context features a class.
+        activation: The paper's tau: where a class's own map, in 0..1, reaches it lies foreground.
+        split: Which map that is: ``single_view``, of the features themselves as in the paper, or
+            ``multi_scale``, see :func:`~lpcam.prototypes.maps.sampled_maps`, as in the published
+            code.
+        init: Where k-means starts: ``k-means++``, or ``random`` features as in the published code.
+        tol: See :func:`~lpcam.prototypes.kmeans.spherical_kmeans`.
+        max_iter: Upper bound on its iterations.
+        seed: Seed of its start.
+        allow_missing: Skip a class without pictures instead of failing, and make as many clusters
+            as there are features where these are fewer than k.
+    """
+
+    k: Count = 12
+    activation: Share = 0.1
+    split: Literal["single_view", "multi_scale"] = "single_view"
+    init: Literal["k-means++", "random"] = "k-means++"
+    tol: Annotated[float, Field(ge=0)] = 1e-4
+    max_iter: Count = 100
+    seed: Seed = 0
+    allow_missing: bool = False
+
+
 def cluster(
-    features: LocalFeatures,
-    k: int,
-    *,
-    seed: int,
-    max_iter: int,
-    init: str = "k-means++",
-    tol: float = 1e-4,
-    nearest: int = 6,
+    features: LocalFeatures, k: int, settings: Clustering, *, nearest: int = 6
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster one side of one class.
+
+    Args:
+        features: Its features.
+        k: Number of clusters.
+        settings: How; its own ``k`` is not read.
+        nearest: How many features are remembered for each centre.
 
     Returns:
         Centres ``(K, D)``, counts ``(K,)`` and nearest features ``(K, nearest, 3)``, as in
         :class:`Centers`.
 
     Raises:
-        InputError: ``init`` is unknown, or there are fewer features than clusters.
+        InputError: There are fewer features than clusters.
     """
     start = None
-    if init == "random":
+    if settings.init == "random":
         candidates = _with_direction(features.rows).nonzero()[:, 0]
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(settings.seed)
         order = torch.randperm(len(candidates), generator=generator)[:k]
         start = features.rows[candidates[order]]
-    elif init != "k-means++":
-        raise InputError(f"prototypes.init={init}: unknown; choose k-means++ or random")
-    result = spherical_kmeans(features.rows, k, init=start, seed=seed, max_iter=max_iter, tol=tol)
+    result = spherical_kmeans(
+        features.rows,
+        k,
+        init=start,
+        seed=settings.seed,
+        max_iter=settings.max_iter,
+        tol=settings.tol,
+    )
     counts = torch.bincount(result.labels[result.labels >= 0], minlength=k)
     places = torch.full((k, nearest, 3), -1, dtype=torch.int32)
-    cosine = _own_cosine(features.rows, result.centers, result.labels)
+    cosine = _cosine_to_center(features.rows, result.centers, result.labels)
     for j in range(k):
         member = (result.labels == j).nonzero()[:, 0]
         seen: set[int] = set()
@@ -93,30 +130,25 @@ def _with_direction(rows: Tensor) -> Tensor:
     return torch.cat([chunk.any(1) for chunk in rows.split(CHUNK)])
 
 
-def _own_cosine(rows: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
+def _cosine_to_center(rows: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
     """Cosine ``(N,)`` of each row to the centre of its cluster."""
     unit = F.normalize(centers, dim=1).T
     cosine = centers.new_empty(len(rows))
-    for part, own in single_precision(rows):
-        product = (own @ unit).gather(1, labels[part, None].clamp_min(0))[:, 0]
-        cosine[part] = product / torch.linalg.vector_norm(own, dim=1).clamp_min(1e-12)
+    for part, chunk in single_precision(rows):
+        product = (chunk @ unit).gather(1, labels[part, None].clamp_min(0))[:, 0]
+        cosine[part] = product / torch.linalg.vector_norm(chunk, dim=1).clamp_min(1e-12)
     return cosine
 
 
 def fit_centers(
     read: Callable[[int], np.ndarray],
     labels: np.ndarray,
-    weight: Tensor,
+    head: ClassHead,
     classes: Sequence[str],
+    settings: Clustering,
     *,
-    k: int,
-    tau: float,
-    seed: int = 0,
-    init: str = "k-means++",
-    tol: float = 1e-4,
-    max_iter: int = 100,
-    allow_missing: bool = False,
-    read_cam: Callable[[int, int], np.ndarray] | None = None,
+    dim: int,
+    read_map: Callable[[int, int], np.ndarray] | None = None,
     chosen: Sequence[Sequence[int]] | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
@@ -128,21 +160,13 @@ def fit_centers(
     Args:
         read: Gives a picture's local features ``(h, w, D)`` by its index.
         labels: Image labels ``(N, C)``.
-        weight: Class weights ``(C, D)``.
+        head: The classifier's; its own maps split the features.
         classes: Names of the C classes.
-        k: Clusters on each side.
-        tau: Threshold of the split.
-        seed: Seed of the clustering.
-        init: Where the clustering starts: ``k-means++``, or ``random`` features as in the
-            published code.
-        tol: See :func:`~lpcam.prototypes.kmeans.spherical_kmeans`.
-        max_iter: Upper bound on its iterations.
-        allow_missing: Skip a class without pictures instead of failing, and make as many clusters
-            as there are features where these are fewer than k.
-        read_cam: Gives a picture's CAM of a class by both indices, see
+        settings: How features are split and clustered.
+        dim: Channels D of the features.
+        read_map: Gives a picture's map of a class by both indices, in the place of the head's; see
             :func:`~lpcam.prototypes.local_features.split_features`.
-        chosen: For each class the pictures to use, see
-            :func:`~lpcam.prototypes.local_features.choose_pictures`; by default all that show it.
+        chosen: For each class the pictures to use; by default all that show it.
         transform: See :func:`~lpcam.prototypes.local_features.split_features`.
         progress: Show a bar.
 
@@ -150,29 +174,33 @@ def fit_centers(
         InputError: Unless ``allow_missing``, a class has no picture, or a side of it fewer features
             than clusters.
     """
-    num_classes, dim = weight.shape
-    centers = torch.zeros(num_classes, 2, k, dim)
-    counts = torch.zeros(num_classes, 2, k, dtype=torch.int64)
-    nearest = torch.full((num_classes, 2, k, 6, 3), -1, dtype=torch.int32)
+    k = settings.k
+    centers = torch.zeros(len(classes), 2, k, dim)
+    counts = torch.zeros(len(classes), 2, k, dtype=torch.int64)
+    nearest = torch.full((len(classes), 2, k, 6, 3), -1, dtype=torch.int32)
     if chosen is None:
-        chosen = choose_pictures(labels)
+        chosen = draw_pictures(labels, Draw())
 
     def fit_class(c: int) -> None:
         # A function, so that the features are gone before those of the next class come.
         sides = split_features(
             read,
             chosen[c],
-            weight[c],
-            tau,
-            transform,
-            None if read_cam is None else lambda index: read_cam(index, c),
+            head,
+            c,
+            settings.activation,
+            transform=transform,
+            read_map=None if read_map is None else lambda index: read_map(index, c),
+            strict=settings.split == "multi_scale",
         )
         for side, features in enumerate(sides):
-            n = min(k, int(_with_direction(features.rows).sum())) if allow_missing else k
-            if allow_missing and n == 0:
-                continue
+            n = k
+            if settings.allow_missing:
+                n = min(k, int(_with_direction(features.rows).sum()))
+                if n == 0:
+                    continue
             try:
-                fitted = cluster(features, n, seed=seed, max_iter=max_iter, init=init, tol=tol)
+                fitted = cluster(features, n, settings)
             except InputError as error:
                 raise InputError(
                     f"prototypes of class {classes[c]!r}, {SIDES[side]}: {error}"
@@ -182,7 +210,7 @@ def fit_centers(
     for c, name in enumerate(track(classes, "Clustering", disable=not progress)):
         if chosen[c]:
             fit_class(c)
-        elif not allow_missing:
+        elif not settings.allow_missing:
             raise InputError(
                 f"class {name!r} has no picture to learn prototypes from; "
                 "add some or set prototypes.allow_missing=true"

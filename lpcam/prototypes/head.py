@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpcam.errors import InputError
 from lpcam.functional import local_prototype_map
@@ -34,23 +34,30 @@ def transform(features: Tensor, signed: str, mean: Tensor | None) -> Tensor:
     return features if mean is None else features - mean.to(features)
 
 
-class PrototypeHead:
+class PrototypeHead(nn.Module):
     """Maps and similarities of local features under one set of prototypes.
 
     Args:
         prototypes: The prototypes; ``settings["signed"]``, if there, is as in :func:`transform`.
+
+    Attributes:
+        fitted: Indices of the classes that have prototypes of their own.
     """
 
+    directions: Tensor
+
     def __init__(self, prototypes: Prototypes) -> None:
+        super().__init__()
         self.prototypes = prototypes
-        self.fitted = [c for c, own in enumerate(prototypes.own) if len(own)]
+        self.fitted = [c for c, vectors in enumerate(prototypes.foreground) if len(vectors)]
         # A class without prototypes of its own has no map, so its context does not count either.
         self._context = [
-            context if len(own) else context[:0]
-            for own, context in zip(prototypes.own, prototypes.context, strict=True)
+            context if c in self.fitted else context[:0]
+            for c, context in enumerate(prototypes.context)
         ]
-        self._directions = prototypes.directions()
-        self._directions[[c for c, own in enumerate(prototypes.own) if not len(own)]] = 0
+        directions = torch.zeros_like(prototypes.directions())
+        directions[self.fitted] = prototypes.directions()[self.fitted]
+        self.register_buffer("directions", directions, persistent=False)
 
     def maps(
         self, features: Tensor, classes: Tensor | None = None, aggregate: str = "mean"
@@ -75,11 +82,12 @@ class PrototypeHead:
         indices = list(range(len(self._context))) if classes is None else classes.tolist()
         features = self._transform(features)
         if aggregate == "mean":
-            return local_prototype_map(features, self._directions[indices].to(features)).relu()
-        groups = [self.prototypes.own[c] for c in indices] + [self._context[c] for c in indices]
+            return local_prototype_map(features, self.directions[indices].to(features)).relu()
+        groups = [self.prototypes.foreground[c] for c in indices]
+        groups += [self._context[c] for c in indices]
         cosines = self._cosines(features, groups)
-        own, context = torch.stack([_reduce(c, aggregate) for c in cosines], 1).chunk(2, 1)
-        return (own - context).relu()
+        foreground, context = torch.stack([_reduce(c, aggregate) for c in cosines], 1).chunk(2, 1)
+        return (foreground - context).relu()
 
     def similarity(self, features: Tensor, name: str | int, side: str) -> Tensor:
         """Cosine of features ``(B, D, h, w)`` to the P prototypes of a class: ``(B, P, h, w)``."""

@@ -4,12 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lpcam.errors import InputError
-from lpcam.functional import class_activation_map, normalize_maps
+from lpcam.functional import normalize_maps
+from lpcam.prototypes.class_head import ClassHead
+from lpcam.settings import CHECKED, Count, Seed
 
 # Bytes of a block of collected rows. The C library gives allocations of more than 32 MiB back to
 # the system as soon as they are freed; smaller ones it keeps.
@@ -29,40 +32,40 @@ class LocalFeatures:
     places: Tensor
 
 
-def choose_pictures(
-    labels: np.ndarray,
-    images_per_class: int | None = None,
-    *,
-    with_replacement: bool = False,
-    seed: int = 0,
-) -> list[list[int]]:
+@pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
+class Draw:
+    """Which pictures of a class are clustered.
+
+    Attributes:
+        images_per_class: How many at random; None for all that show the class.
+        with_replacement: Draw as the published code does on COCO: a picture may come twice, and a
+            class with fewer pictures gets as many draws. Otherwise such a class gives all it has.
+        seed: Seed of the draw. A class's draw does not depend on the other classes.
+    """
+
+    images_per_class: Count | None = None
+    with_replacement: bool = False
+    seed: Seed = 0
+
+
+def draw_pictures(labels: np.ndarray, draw: Draw) -> list[list[int]]:
     """Choose the pictures from which each class's features are taken.
 
     Args:
         labels: Image labels ``(N, C)``.
-        images_per_class: How many at random; by default all that show the class.
-        with_replacement: Draw as the published code does on COCO: a picture may come twice, and a
-            class with fewer pictures gets as many draws. Otherwise such a class gives all it has.
-        seed: Seed of the draw. A class's draw does not depend on the other classes.
+        draw: How.
 
     Returns:
         For each class the indices of its pictures, ascending.
-
-    Raises:
-        InputError: ``images_per_class`` is below 1.
     """
-    if images_per_class is not None and images_per_class < 1:
-        raise InputError(
-            f"prototypes.images_per_class={images_per_class}: give a number above 0, or null for "
-            "all pictures"
-        )
     chosen = []
     for c in range(labels.shape[1]):
         shown = np.flatnonzero(labels[:, c])
-        if images_per_class is not None and len(shown):
-            count = images_per_class if with_replacement else min(images_per_class, len(shown))
-            generator = np.random.default_rng([seed, c])
-            shown = np.sort(generator.choice(shown, count, replace=with_replacement))
+        count = draw.images_per_class
+        if count is not None and len(shown):
+            count = count if draw.with_replacement else min(count, len(shown))
+            generator = np.random.default_rng([draw.seed, c])
+            shown = np.sort(generator.choice(shown, count, replace=draw.with_replacement))
         chosen.append(shown.tolist())
     return chosen
 
@@ -70,24 +73,29 @@ def choose_pictures(
 def split_features(
     read: Callable[[int], np.ndarray],
     pictures: Sequence[int],
-    weight: Tensor,
+    head: ClassHead,
+    class_index: int,
     tau: float,
+    *,
     transform: Callable[[Tensor], Tensor] | None = None,
-    read_cam: Callable[[int], np.ndarray] | None = None,
+    read_map: Callable[[int], np.ndarray] | None = None,
+    strict: bool = False,
 ) -> tuple[LocalFeatures, LocalFeatures]:
-    """Split the local features of one class's pictures by the class's own CAM.
+    """Split the local features of one class's pictures by the classifier's own map of the class.
 
     Context includes other classes in the same pictures, as in the paper.
 
     Args:
         read: Gives a picture's local features ``(h, w, D)`` by its index.
         pictures: Indices of the pictures that show the class.
-        weight: The class's weights ``(D,)``.
-        tau: Where the CAM, in 0..1, reaches it lies foreground; context elsewhere.
+        head: Gives the map of the features.
+        class_index: The class.
+        tau: Where the map, in 0..1, reaches it lies foreground; context elsewhere.
         transform: Applied to features ``(n, D)`` once they are split; nothing by default.
-        read_cam: Gives a picture's CAM of the class ``(h, w)`` by its index; by default it is that
-            of the features themselves. Given, the comparisons are strict as in the published code:
-            a feature whose CAM equals tau is on neither side.
+        read_map: Gives a picture's map of the class ``(h, w)`` in 0..1 by its index, in the place
+            of the head's.
+        strict: Compare strictly on both sides, as the published code does: a feature whose map
+            equals tau is on neither.
 
     Returns:
         Foreground and context.
@@ -96,6 +104,7 @@ def split_features(
         InputError: Features are infinite or NaN.
     """
     rows, places = (_Rows(), _Rows()), (_Rows(), _Rows())
+    classes = torch.tensor([class_index])
     for index in pictures:
         local = torch.from_numpy(read(index))
         if not local.isfinite().all():
@@ -103,17 +112,16 @@ def split_features(
                 f"features of picture {index}: not finite in half precision; "
                 "check the picture and the model"
             )
-        if read_cam is None:
-            cam = class_activation_map(local.float().permute(2, 0, 1)[None], weight[None])
-            foreground = normalize_maps(cam)[0, 0] >= tau
-            masks = (foreground, ~foreground)
+        if read_map is None:
+            maps = head.own_maps(local.float().permute(2, 0, 1)[None], classes)
+            own_map = normalize_maps(maps)[0, 0]
         else:
-            given = torch.from_numpy(read_cam(index))
-            masks = (given > tau, given < tau)
-        for side, chosen in enumerate(masks):
-            own = local[chosen]
-            rows[side].add(own if transform is None else transform(own.float()).half())
-            places[side].add(F.pad(chosen.nonzero().int(), (1, 0), value=index))
+            own_map = torch.from_numpy(read_map(index))
+        masks = (own_map > tau if strict else own_map >= tau, own_map < tau)
+        for side, mask in enumerate(masks):
+            part = local[mask]
+            rows[side].add(part if transform is None else transform(part.float()).half())
+            places[side].add(F.pad(mask.nonzero().int(), (1, 0), value=index))
     first, second = (
         LocalFeatures(r.joined(), p.joined()) for r, p in zip(rows, places, strict=True)
     )
@@ -148,8 +156,8 @@ class _Rows:
         joined = self.blocks[0].new_empty(end, *self.blocks[0].shape[1:])
         while self.blocks:
             block = self.blocks.pop()
-            own = block[: len(block) - self.free]
-            joined[end - len(own) : end] = own
-            end -= len(own)
+            filled = block[: len(block) - self.free]
+            joined[end - len(filled) : end] = filled
+            end -= len(filled)
             self.free = 0
         return joined

@@ -1,23 +1,22 @@
 """A fitted set of prototypes: to look at, to edit, and to keep in one file."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpcam.errors import InputError
 from lpcam.functional import prototype_directions
 from lpcam.storage.files import write_atomically
+from lpcam.storage.hashing import digest, tensors_digest
 
 SIDES = ("class", "context")
-SCHEMA = "2"
+SCHEMA = "3"
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Prototypes:
 
     Attributes:
         classes: Names of the C classes.
-        own: For each class its prototypes ``(P_c, D)``.
+        foreground: For each class its prototypes ``(P_c, D)``.
         context: For each class its context prototypes ``(Q_c, D)``.
         indices: For each class, which centres they are: of the foreground, of the context.
         names: Names that were given to prototypes, by class, side and index.
@@ -40,7 +39,7 @@ class Prototypes:
     """
 
     classes: tuple[str, ...]
-    own: tuple[Tensor, ...]
+    foreground: tuple[Tensor, ...]
     context: tuple[Tensor, ...]
     indices: tuple[tuple[list[int], list[int]], ...]
     names: Mapping[tuple[int, str, int], str] = field(default_factory=dict)
@@ -52,9 +51,10 @@ class Prototypes:
         """Directions ``(C, D)`` of the prototypes of ``class``, of ``context`` or of ``both``."""
         if use not in ("both", *SIDES):
             raise InputError(f"prototypes.use={use}: unknown; choose both, class or context")
-        none = [own[:0] for own in self.own]
+        none = [vectors[:0] for vectors in self.foreground]
         return prototype_directions(
-            none if use == "context" else self.own, none if use == "class" else self.context
+            none if use == "context" else self.foreground,
+            none if use == "class" else self.context,
         )
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ class Prototypes:
         Raises:
             InputError: There is no such class, or several classes have the name.
         """
-        found = [c for c, own in enumerate(self.classes) if name in (own, c)]
+        found = [c for c, known in enumerate(self.classes) if name in (known, c)]
         if len(found) != 1:
             raise InputError(
                 f"class {name!r}: {len(found)} classes are called that; "
@@ -91,7 +91,7 @@ class Prototypes:
         """The prototypes of one class and side ``(P, D)``, in the order of their indices."""
         if side not in SIDES:
             raise InputError(f"side={side}: unknown; choose class or context")
-        return (self.own if side == "class" else self.context)[self.class_index(name)]
+        return (self.foreground if side == "class" else self.context)[self.class_index(name)]
 
     def rename(self, name: str | int, index: int, text: str, side: str = "class") -> "Prototypes":
         """Give one prototype the name ``text``.
@@ -144,7 +144,7 @@ class Prototypes:
     ) -> "Prototypes":
         """This set with other prototypes on one side of a class, those in ``gone`` missing."""
         c, s = self.class_index(name), SIDES.index(side)
-        sides = [list(self.own), list(self.context)]
+        sides = [list(self.foreground), list(self.context)]
         sides[s][c] = vectors
         old = self.indices[c][s]
         new = (list(self.indices[c][0]), list(self.indices[c][1]))
@@ -152,7 +152,7 @@ class Prototypes:
         lost = {(c, side, old[place]) for place in gone}
         return replace(
             self,
-            own=tuple(sides[0]),
+            foreground=tuple(sides[0]),
             context=tuple(sides[1]),
             indices=(*self.indices[:c], new, *self.indices[c + 1 :]),
             names={key: text for key, text in self.names.items() if key not in lost},
@@ -161,7 +161,7 @@ class Prototypes:
     def save(self, path: Path) -> None:
         """Write one safetensors file: a tensor per class and side, all else in its header."""
         tensors = {} if self.mean is None else {"mean": self.mean}
-        for side, vectors in zip(SIDES, (self.own, self.context), strict=True):
+        for side, vectors in zip(SIDES, (self.foreground, self.context), strict=True):
             for c, name in enumerate(self.classes):
                 tensors[f"{c} {name}/{side}"] = vectors[c].contiguous()
         values = {
@@ -199,13 +199,13 @@ class Prototypes:
         if header.pop("digest", None) != _digest(header, tensors):
             raise InputError(f"{path}: damaged, its digest differs; copy it anew or fit again")
         values = {key: json.loads(text) for key, text in header.items()}
-        own, context = (
+        foreground, context = (
             tuple(tensors[f"{c} {name}/{side}"] for c, name in enumerate(values["classes"]))
             for side in SIDES
         )
         return cls(
             tuple(values["classes"]),
-            own,
+            foreground,
             context,
             tuple((first, second) for first, second in values["indices"]),
             {(c, side, index): text for c, side, index, text in values["names"]},
@@ -215,29 +215,6 @@ class Prototypes:
         )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of every weight and statistic of a model, by name.
-
-    Neither where it lies counts nor what has no weights, such as strides: the same network at
-    another resolution keeps its fingerprint.
-    """
-    state = hashlib.sha256()
-    for key, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            state.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-            state.update(_bytes(value))
-    return state.hexdigest()[:16]
-
-
-def _bytes(value: Tensor) -> bytes:
-    # NumPy has no bfloat16, so the bytes are taken in torch.
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
 def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """Hash everything that the file says."""
-    state = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
-    for key in sorted(tensors):
-        state.update(f"{key} {tuple(tensors[key].shape)} {tensors[key].dtype}".encode())
-        state.update(_bytes(tensors[key]))
-    return state.hexdigest()
+    return digest([dict(header), tensors_digest(dict(sorted(tensors.items())))])

@@ -3,15 +3,19 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
+import pydantic
 import torch
 from torch import Tensor
 
-from lpcam.prototypes.centers import Centers, fit_centers
 from lpcam.errors import InputError
+from lpcam.prototypes.centers import Centers, Clustering, fit_centers
+from lpcam.prototypes.class_head import ClassHead, LinearHead
 from lpcam.prototypes.head import transform
 from lpcam.prototypes.prototype_set import Prototypes
+from lpcam.settings import CHECKED, Share
 
 
 def select_prototypes(
@@ -34,7 +38,10 @@ def select_prototypes(
     Returns:
         Which to keep ``(k,)`` bool.
     """
-    score = class_score(centers, weight, class_index)
+    return _passing(class_score(LinearHead(weight), centers, class_index), minimum, maximum)
+
+
+def _passing(score: Tensor, minimum: float | None, maximum: float | None) -> Tensor:
     keep = torch.ones_like(score, dtype=torch.bool)
     if minimum is not None:
         keep &= score > minimum
@@ -43,20 +50,32 @@ def select_prototypes(
     return keep
 
 
-def class_score(centers: Tensor, weight: Tensor, class_index: int) -> Tensor:
+def class_score(head: ClassHead, centers: Tensor, class_index: int) -> Tensor:
     """The classifier's probability of a class for each centre, ``(k,)``."""
-    return (centers @ weight.T).softmax(1)[:, class_index]
+    return head.score(centers).softmax(1)[:, class_index]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
+class Selection:
+    """Which centres are kept as prototypes, by their class score.
+
+    Attributes:
+        class_score: The paper's mu_f: class prototypes score above it.
+        context_score: The paper's mu_b: context prototypes score below it.
+        context_floor: And above this; None for no bound. In the published code only: it drops
+            context that has next to nothing to do with the class.
+        fallback: What happens to a class of which no centre passes: it keeps its ``best`` one, with
+            a warning, or that is an ``error``.
+    """
+
+    class_score: Share = 0.9
+    context_score: Share = 0.9
+    context_floor: Share | None = None
+    fallback: Literal["best", "error"] = "best"
 
 
 def select(
-    centers: Centers,
-    weight: Tensor,
-    classes: Sequence[str],
-    *,
-    class_minimum: float,
-    context_maximum: float,
-    context_minimum: float | None = None,
-    fallback: str = "best",
+    centers: Centers, head: ClassHead, classes: Sequence[str], settings: Selection
 ) -> Prototypes:
     """Select the prototypes of every class.
 
@@ -64,81 +83,68 @@ def select(
 
     Args:
         centers: All centres.
-        weight: Class weights ``(C, D)``.
+        head: The classifier's; it scores them.
         classes: Names of the C classes.
-        class_minimum: The paper's mu_f.
-        context_maximum: The paper's mu_b.
-        context_minimum: Drops context centres with next to no score; in the published code only.
-        fallback: What happens to a class of which no centre passes: it keeps its ``best`` one, with
-            a warning, or that is an ``error``.
+        settings: Which are kept.
 
     Raises:
-        InputError: No centre of a class passes and ``fallback`` is ``error``, or it is unknown.
+        InputError: No centre of a class passes and ``fallback`` is ``error``.
     """
-    if fallback not in ("best", "error"):
-        raise InputError(f"prototypes.fallback={fallback}: unknown; choose best or error")
-    own, context, indices = [], [], []
+    kept, kept_context, indices = [], [], []
     for c, name in enumerate(classes):
-        foreground, background = centers.centers[c]
+        foreground, context = centers.centers[c]
         filled = centers.counts[c] > 0
-        keep = filled[0] & select_prototypes(foreground, weight, c, minimum=class_minimum)
+        score = class_score(head, foreground, c)
+        keep = filled[0] & _passing(score, settings.class_score, None)
         if filled[0].any() and not keep.any():
             # An empty cluster's zero centre would score 1 / C.
-            score = class_score(foreground, weight, c).where(filled[0], 0)
-            if fallback == "error":
+            score = score.where(filled[0], 0)
+            if settings.fallback == "error":
                 raise InputError(
-                    f"class {name!r}: no prototype scores above {class_minimum}, the best one "
-                    f"{float(score.max()):.3f}; lower thresholds.class_score or set "
+                    f"class {name!r}: no prototype scores above {settings.class_score}, the best "
+                    f"one {float(score.max()):.3f}; lower thresholds.class_score or set "
                     "prototypes.fallback=best"
                 )
             keep[score.argmax()] = True
             warnings.warn(
-                f"class {name!r}: no prototype scores above {class_minimum}, "
+                f"class {name!r}: no prototype scores above {settings.class_score}, "
                 f"kept the best one ({float(score.max()):.3f})",
                 stacklevel=2,
             )
-        keep_context = filled[1] & select_prototypes(
-            background, weight, c, minimum=context_minimum, maximum=context_maximum
+        keep_context = filled[1] & _passing(
+            class_score(head, context, c), settings.context_floor, settings.context_score
         )
-        own.append(foreground[keep])
-        context.append(background[keep_context])
+        kept.append(foreground[keep])
+        kept_context.append(context[keep_context])
         indices.append((keep.nonzero()[:, 0].tolist(), keep_context.nonzero()[:, 0].tolist()))
-    return Prototypes(tuple(classes), tuple(own), tuple(context), tuple(indices))
+    return Prototypes(tuple(classes), tuple(kept), tuple(kept_context), tuple(indices))
 
 
 def fit_prototypes(
     read: Callable[[int], np.ndarray],
     labels: np.ndarray,
-    weight: Tensor,
+    head: ClassHead,
     classes: Sequence[str],
+    clustering: Clustering,
+    selection: Selection,
     *,
-    k: int,
+    dim: int,
     signed: str,
-    activation: float,
-    class_score: float,
-    context_score: float,
-    context_floor: float | None,
-    seed: int,
-    max_iter: int,
     progress: bool = False,
 ) -> tuple[Centers, Prototypes]:
-    """Collect, cluster and select with one set of settings, leaving out classes without pictures.
+    """Collect, cluster and select with one set of settings.
 
     Args:
-        read: As for :func:`~lpcam.prototypes.centers.fit_centers`, like the arguments up to ``k``.
+        read: Gives a picture's local features ``(h, w, D)`` by its index.
         labels: Image labels ``(N, C)``, at least one of them set.
-        weight: Class weights ``(C, D)``.
+        head: The classifier's.
         classes: Names of the C classes.
-        k: Clusters on each side, fewer where there are fewer features.
+        clustering: How features are split and clustered.
+        selection: Which centres are kept.
+        dim: Channels D of the features.
         signed: What happens to features that may be negative, see
-            :func:`~lpcam.prototypes.head.transform`. The split by CAM uses them as they are; the
-            score of a centre is that of the centre of transformed features.
-        activation: Threshold of the split.
-        class_score: The paper's mu_f.
-        context_score: The paper's mu_b.
-        context_floor: Lower bound on the score of context; None for none.
-        seed: Seed of the clustering.
-        max_iter: Upper bound on its iterations.
+            :func:`~lpcam.prototypes.head.transform`. The split uses them as they are; the score of
+            a centre is that of the centre of transformed features.
         progress: Show a bar.
 
     Returns:
@@ -152,22 +158,11 @@ def fit_prototypes(
     centers = fit_centers(
         read,
         labels,
-        weight,
+        head,
         classes,
-        k=k,
-        tau=activation,
-        seed=seed,
-        max_iter=max_iter,
-        allow_missing=True,
+        clustering,
+        dim=dim,
         transform=None if signed == "keep" else lambda rows: transform(rows, signed, mean),
         progress=progress,
     )
-    prototypes = select(
-        centers,
-        weight,
-        classes,
-        class_minimum=class_score,
-        context_maximum=context_score,
-        context_minimum=context_floor,
-    )
-    return centers, replace(prototypes, mean=mean)
+    return centers, replace(select(centers, head, classes, selection), mean=mean)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pytorch_lightning as pl
 from PIL import Image
 
-from lpcam.models.backbones import Backbone
 from lpcam.data.dataset import Picture
 from lpcam.errors import InputError
+from lpcam.models.backbones import Backbone
+from lpcam.models.training import MakeTrainer
 from lpcam.seeds.record import SeedRecord
 
 SOURCES = ("cam", "lpcam")
@@ -100,7 +100,7 @@ class TrainedRefiner(Refiner):
         pictures: Sequence[Picture],
         read_seed: Callable[[Picture], SeedRecord],
         backbone: Backbone,
-        make_trainer: Callable[..., pl.Trainer],
+        make_trainer: MakeTrainer,
         *,
         num_workers: int,
     ) -> None:

@@ -16,44 +16,37 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lpcam.models.backbones import Backbone
-from lpcam.data.dataset import IGNORED, Picture, open_image, open_picture
+from lpcam.data.crops import RandomCrop, by_factor
+from lpcam.data.dataset import Picture, open_image, open_picture
 from lpcam.data.loaders import start_method
-from lpcam.data.transforms import normalize, rescale
 from lpcam.errors import InputError
+from lpcam.models.backbones import Backbone
+from lpcam.models.training import MakeTrainer, fit, polynomial
 from lpcam.refiners.base import TrainedRefiner
 from lpcam.refiners.labels import check_method
-from lpcam.seeds.record import SeedRecord
 from lpcam.seeds.masks import save_mask
-from lpcam.storage.ranks import is_main_process
+from lpcam.seeds.record import SeedRecord
 from lpcam.storage.files import write_atomically
+from lpcam.storage.ranks import is_main_process
 
 WEIGHTS = "heads.safetensors"
-CHECKPOINT = Path("checkpoint", "last.ckpt")
+CHECKPOINT = "checkpoint"
 
 
 class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
-    """Crops of pictures and of their labels, randomly scaled and mirrored.
-
-    Draws from torch's global generator. Crops start at multiples of the labels' stride, so that
-    labels which are constant in cells of that size keep their cells.
+    """Crops of pictures and of their labels.
 
     Args:
         pictures: The pictures.
         folder: Where label images ``<id>.png`` lie, or are written when first needed.
         make_label: Makes the labels ``(H, W)`` uint8 of a picture: 0 background, class index + 1,
             255 ignored.
-        mean: Per-channel mean.
-        std: Per-channel standard deviation.
-        crop: Side of the square crop in pixels, a multiple of the stride. What sticks out is
-            padded: with the mean colour, with ignored labels.
+        crop: What cuts them out, at multiples of the labels' stride.
         stride: Pixels between labels.
-        scales: Range of the factor on a picture's size.
     """
 
     def __init__(
@@ -61,21 +54,14 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
         pictures: Sequence[Picture],
         folder: Path,
         make_label: Callable[[Picture, Image.Image], np.ndarray],
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        crop: int,
+        crop: RandomCrop,
         stride: int,
-        scales: Sequence[float] = (1, 1),
     ) -> None:
         self.pictures = pictures
         self.folder = folder
         self.make_label = make_label
-        self.mean = mean
-        self.std = std
         self.crop = crop
         self.stride = stride
-        self.scales = scales
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -84,29 +70,10 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
         """A picture ``(3, crop, crop)`` and labels of a ``stride``-th the side, int64."""
         picture = self.pictures[index]
         image = open_picture(picture.path)
-        label = self._label(picture, image)
-        low, high = self.scales
-        image = rescale(image, low + (high - low) * float(torch.rand(())))
-        label = label.resize(image.size, Image.Resampling.NEAREST)
-        pixels = normalize(image, self.mean, self.std)
-        labels = torch.from_numpy(np.array(label, np.int64))
-        for dim in (0, 1):
-            spare = labels.shape[dim] - self.crop
-            offset = int(torch.randint(0, abs(spare) // self.stride + 1, ())) * self.stride
-            if spare > 0:
-                labels = labels.narrow(dim, offset, self.crop)
-                pixels = pixels.narrow(dim + 1, offset, self.crop)
-            else:
-                padding = (offset, -spare - offset)
-                around = padding if dim == 1 else (0, 0, *padding)
-                labels = F.pad(labels, around, value=IGNORED)
-                pixels = F.pad(pixels, around)
+        pixels, labels = self.crop.both(image, self._label(picture, image))
         # Cells are represented by their middle.
         middle = slice(self.stride // 2, None, self.stride)
-        labels = labels[middle, middle]
-        if torch.rand(()) < 0.5:
-            pixels, labels = pixels.flip(2), labels.flip(1)
-        return pixels.contiguous(), labels.contiguous()
+        return pixels, labels[middle, middle].contiguous()
 
     def _label(self, picture: Picture, image: Image.Image) -> Image.Image:
         path = self.folder / f"{picture.id}.png"
@@ -179,14 +146,7 @@ class HeadTraining(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """SGD with a polynomial schedule by step."""
         optimizer = torch.optim.SGD(self.groups, weight_decay=self.weight_decay)
-        steps = self.trainer.estimated_stepping_batches
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: (1 - min(step / steps, 1)) ** self.poly_power
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return polynomial(self, optimizer, self.poly_power)
 
 
 class HeadRefiner(TrainedRefiner):
@@ -266,22 +226,25 @@ class HeadRefiner(TrainedRefiner):
         pictures: Sequence[Picture],
         read_seed: Callable[[Picture], SeedRecord],
         backbone: Backbone,
-        make_trainer: Callable[..., pl.Trainer],
+        make_trainer: MakeTrainer,
         *,
         num_workers: int,
     ) -> None:
-        labels, last = folder / "labels", folder / CHECKPOINT
+        labels = folder / "labels"
         labels.mkdir(exist_ok=True)
         training = self.training(backbone)
         crops = LabelledCrops(
             pictures,
             labels,
             partial(self._label, read_seed),
-            mean=backbone.mean,
-            std=backbone.std,
-            crop=self.crop,
-            stride=self.cell,
-            scales=self.scales,
+            RandomCrop(
+                backbone.mean,
+                backbone.std,
+                scale=by_factor(self.scales),
+                crop=self.crop,
+                cell=self.cell,
+            ),
+            self.cell,
         )
         loader = DataLoader(
             crops,
@@ -291,12 +254,7 @@ class HeadRefiner(TrainedRefiner):
             num_workers=num_workers,
             multiprocessing_context=start_method(num_workers),
         )
-        checkpoint = ModelCheckpoint(last.parent, last.stem, enable_version_counter=False)
-        trainer = make_trainer(
-            max_epochs=self.epochs, num_sanity_val_steps=0, logger=False, callbacks=[checkpoint]
-        )
-        resume = str(last) if last.is_file() else None
-        trainer.fit(training, loader, ckpt_path=resume, weights_only=True)
+        fit(make_trainer, training, folder / CHECKPOINT, loader, epochs=self.epochs)
         training.finish(pictures)
         save_head(folder, training.head)
 
@@ -316,7 +274,7 @@ def save_head(folder: Path, head: nn.Module) -> None:
     if is_main_process():
         state = {key: value.cpu().contiguous() for key, value in head.state_dict().items()}
         write_atomically(folder / WEIGHTS, save(state))
-        shutil.rmtree((folder / CHECKPOINT).parent, ignore_errors=True)
+        shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
 
 
 def load_head(folder: Path, head: nn.Module) -> None:

@@ -12,8 +12,8 @@ from lpcam.data.dataset import IGNORED
 from lpcam.errors import InputError
 from lpcam.refiners.crf import PARAMETERS, check_backend, dense_crf, label_probabilities
 from lpcam.refiners.par import PAR
-from lpcam.seeds.record import SeedRecord
 from lpcam.seeds.masks import seed_mask
+from lpcam.seeds.record import SeedRecord
 
 METHODS = ("par", "crf")
 

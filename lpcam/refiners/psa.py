@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from lpcam.models.backbones import Backbone
 from lpcam.data.transforms import normalize
 from lpcam.errors import InputError
+from lpcam.models.backbones import Backbone
 from lpcam.refiners.heads import HeadRefiner, HeadTraining, resize, stage_channels
 from lpcam.refiners.labels import affinity_labels, background_score, cell_means
 from lpcam.refiners.pairs import affinity_loss, pair_labels

@@ -19,8 +19,8 @@ from lpcam.data.files import files_digest
 from lpcam.errors import InputError
 from lpcam.refiners.base import Refiner
 from lpcam.refiners.crf import check_backend, crf_parameters, dense_crf, with_background
-from lpcam.seeds.record import SeedRecord
 from lpcam.seeds.masks import scores_of_labels
+from lpcam.seeds.record import SeedRecord
 
 # Alpha and beta as published; a CRF's probabilities are nearly 0 or 1.
 AFTER_CRF = (1e-6, 0.99999)

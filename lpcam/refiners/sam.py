@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lpcam.storage.arrays import DAMAGE, read_arrays
 from lpcam.data.dataset import Picture
 from lpcam.data.files import files_digest
 from lpcam.errors import InputError
 from lpcam.refiners.base import Refiner
-from lpcam.seeds.record import SeedRecord
 from lpcam.seeds.masks import scores_of_labels, seed_mask
+from lpcam.seeds.record import SeedRecord
+from lpcam.storage.arrays import DAMAGE, read_arrays
 
 
 def merge_masks(

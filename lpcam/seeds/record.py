@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpcam.storage.arrays import DAMAGE, read_arrays
 from lpcam.errors import InputError
+from lpcam.storage.arrays import DAMAGE, read_arrays
 from lpcam.storage.files import write_atomically
 
 # Maps are stored in multiples of this, at most 0.001 off: a tenth of the step between the

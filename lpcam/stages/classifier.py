@@ -1,21 +1,42 @@
-"""The stage that trains the classifier, on pictures or on their features."""
+"""The stage that trains the host, on pictures or on their features."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+import pydantic
+from pytorch_lightning.callbacks import LearningRateMonitor
 
-from lpcam.models.backbones import Backbone
-from lpcam.models.classifier import Classifier
-from lpcam.data.dataset import SegmentationDataset, fingerprint, multi_hot
+from lpcam.data.crops import RandomCrop, by_long_side
+from lpcam.data.dataset import Picture, SegmentationDataset, fingerprint, multi_hot
 from lpcam.data.loaders import pooled_loader, train_loader
-from lpcam.data.transforms import TrainTransform
 from lpcam.errors import InputError
-from lpcam.stages.passes import MakeTrainer
+from lpcam.models.backbones import Backbone
+from lpcam.models.host import Host
+from lpcam.models.training import MakeTrainer, fit
+from lpcam.settings import CHECKED, Count
 from lpcam.stages.features import features, read_features
 from lpcam.storage.store import Stage
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
+class Fitting:
+    """How a host is trained, whichever it is.
+
+    Attributes:
+        epochs: Passes over the training split.
+        validate_every: Epochs between validations; a checkpoint is written after each.
+        batch_size: Pictures a step.
+        long_side: Range in pixels that a picture's longer side is resized to; unused when frozen.
+        crop: Side of the square crop in pixels; unused when frozen.
+    """
+
+    epochs: Count
+    validate_every: Count
+    batch_size: Count
+    long_side: tuple[Count, Count] | None = None
+    crop: Count | None = None
 
 
 def classifier_stage(
@@ -25,7 +46,7 @@ def classifier_stage(
     settings: Mapping[str, Any],
     seed: int,
 ) -> Stage:
-    """Where the classifier for these settings lies, or will lie: ``last.ckpt``."""
+    """Where the trained host for these settings lies, or will lie: ``last.ckpt``."""
     inputs = {
         "backbone": backbone.fingerprint,
         "pictures": fingerprint(dataset.pictures(dataset.train_split)),
@@ -56,87 +77,100 @@ def train(
     stage: Stage,
     make_trainer: MakeTrainer,
     dataset: SegmentationDataset,
-    classifier: Classifier,
+    host: Host,
+    fitting: Fitting,
     *,
-    epochs: int,
-    validate_every: int,
-    batch_size: int,
-    long_side: tuple[int, int] | None,
-    crop: int | None,
     num_workers: int,
     logger: Any,
 ) -> dict[str, float]:
-    """Train the classifier, going on from the last epoch of a killed run.
+    """Train the host, going on from the last epoch of a killed run.
 
-    With a frozen backbone its features are computed once and only the head is trained on them.
+    One that is frozen trains on features, which are computed once.
 
     Args:
         store: The store's folder.
         stage: From :func:`classifier_stage`.
         make_trainer: Makes Lightning's trainer.
         dataset: The data.
-        classifier: An untrained classifier.
-        epochs: Passes over the training split.
-        validate_every: Epochs between validations; a checkpoint is written after each.
-        batch_size: Pictures a step.
-        long_side: See :class:`~lpcam.data.transforms.TrainTransform`; unused when frozen.
-        crop: Likewise.
+        host: An untrained host.
+        fitting: How it is trained.
         num_workers: Processes that decode pictures.
         logger: Lightning loggers.
 
     Returns:
-        Metrics of the last epoch; empty when the classifier was there already.
+        Metrics of the last epoch; empty when it was trained already.
     """
     with stage.build(resume=True) as folder:
         if folder is None:
             return {}
-        splits = [dataset.pictures(dataset.train_split), dataset.pictures(dataset.val_split)]
-        labels = [multi_hot(pictures, len(dataset.classes)) for pictures in splits]
-        if classifier.hparams["freeze_backbone"]:
-            loaders: list[Any] = []
-            for name, pictures, split_labels in zip(
-                (dataset.train_split, dataset.val_split), splits, labels, strict=True
-            ):
-                found = features(
-                    store,
-                    make_trainer,
-                    classifier,
-                    pictures,
-                    local=name == dataset.prototype_split,
-                    num_workers=num_workers,
-                )
-                pooled = np.stack([read_features(found, p, "pooled") for p in pictures])
-                loaders.append(
-                    pooled_loader(pooled, split_labels, batch_size=batch_size, shuffle=not loaders)
-                )
+        if host.frozen:
+            loaders = _feature_loaders(store, make_trainer, dataset, host, fitting, num_workers)
         else:
-            if long_side is None or crop is None:
-                raise InputError("classifier.crop and classifier.long_side: needed to fine-tune")
-            backbone = classifier.backbone
-            transform = TrainTransform(backbone.mean, backbone.std, long_side, crop)
-            loaders = [
-                train_loader(
-                    pictures,
-                    len(dataset.classes),
-                    transform,
-                    batch_size=batch_size,
-                    shuffle=index == 0,
-                    num_workers=num_workers,
-                )
-                for index, pictures in enumerate(splits)
-            ]
-        checkpoint = ModelCheckpoint(
-            folder, "last", enable_version_counter=False, every_n_epochs=validate_every
+            loaders = _picture_loaders(dataset, host, fitting, num_workers)
+        return fit(
+            make_trainer,
+            host,
+            folder,
+            *loaders,
+            epochs=fitting.epochs,
+            validate_every=fitting.validate_every,
+            logger=logger,
+            callbacks=(LearningRateMonitor("step"),) if logger else (),
         )
-        trainer = make_trainer(
-            max_epochs=epochs,
-            check_val_every_n_epoch=validate_every,
-            num_sanity_val_steps=0,
-            logger=logger or False,
-            callbacks=[checkpoint, *([LearningRateMonitor("step")] if logger else [])],
+
+
+def _feature_loaders(
+    store: Path,
+    make_trainer: MakeTrainer,
+    dataset: SegmentationDataset,
+    host: Host,
+    fitting: Fitting,
+    num_workers: int,
+) -> list[Any]:
+    """Mean features of both splits in batches."""
+
+    def pooled(split: str, pictures: Sequence[Picture]) -> np.ndarray:
+        local = split == dataset.prototype_split
+        found = features(store, make_trainer, host, pictures, local=local, num_workers=num_workers)
+        return np.stack([read_features(found, picture, "pooled") for picture in pictures])
+
+    loaders: list[Any] = []
+    for split in (dataset.train_split, dataset.val_split):
+        pictures = dataset.pictures(split)
+        labels = multi_hot(pictures, len(dataset.classes))
+        loaders.append(
+            pooled_loader(
+                pooled(split, pictures),
+                labels,
+                batch_size=fitting.batch_size,
+                shuffle=not loaders,
+            )
         )
-        last = folder / "last.ckpt"
-        resume = str(last) if last.is_file() else None
-        trainer.fit(classifier, loaders[0], loaders[1], ckpt_path=resume, weights_only=True)
-        trainer.save_checkpoint(last)
-        return {key: float(value) for key, value in trainer.callback_metrics.items()}
+    return loaders
+
+
+def _picture_loaders(
+    dataset: SegmentationDataset, host: Host, fitting: Fitting, num_workers: int
+) -> list[Any]:
+    """Random crops of both splits in batches."""
+    if fitting.long_side is None or fitting.crop is None:
+        raise InputError("classifier.crop and classifier.long_side: needed to fine-tune")
+    crop = RandomCrop(
+        host.backbone.mean,
+        host.backbone.std,
+        scale=by_long_side(fitting.long_side),
+        crop=fitting.crop,
+    )
+    loaders: list[Any] = []
+    for split in (dataset.train_split, dataset.val_split):
+        loaders.append(
+            train_loader(
+                dataset.pictures(split),
+                len(dataset.classes),
+                crop,
+                batch_size=fitting.batch_size,
+                shuffle=not loaders,
+                num_workers=num_workers,
+            )
+        )
+    return loaders

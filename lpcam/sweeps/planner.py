@@ -8,10 +8,10 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lpcam import map_stages
 from lpcam.programs.done import done_metrics
 from lpcam.programs.entry import USER_ERRORS
 from lpcam.programs.run import Run
+from lpcam.stages.scores import scores
 
 
 def plan(configs: Sequence[DictConfig]) -> None:
@@ -41,7 +41,7 @@ def plan(configs: Sequence[DictConfig]) -> None:
             for name, setting in run.settings.items()
         }
         maps = runs[0].maps(settings)
-        map_stages.scores(runs[0].store, maps, runs[0].dataset)
+        scores(runs[0].store, maps, runs[0].dataset)
 
 
 def _open(config: DictConfig) -> Run | None:

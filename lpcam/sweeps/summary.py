@@ -1,9 +1,8 @@
-"""A sweep at a glance: ``python -m lpcam.sweeps.summary FOLDER`` writes sweep.csv and sweep.html.
+"""A sweep at a glance: ``lpcam summary FOLDER`` writes sweep.csv and sweep.html.
 
 It works on a sweep that is still running or was stopped, from what its jobs have left.
 """
 
-import argparse
 import base64
 import hashlib
 import math
@@ -231,28 +230,6 @@ def print_summary(summary: Summary) -> None:
     console.print(escape(f"{progress(sweep)} Summary: {summary.page}"), soft_wrap=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: Those after the program's name; the process's own by default.
-
-    Returns:
-        Exit status: 0, or 1 after a mistake of the user's, which is printed in one line.
-    """
-    parser = argparse.ArgumentParser("python -m lpcam.sweeps.summary", description=__doc__)
-    parser.add_argument("folder", type=Path, help="the sweep's folder")
-    parser.add_argument("--split", help="whose scores; by default the last that has maps")
-    parser.add_argument("--gallery", nargs="+", default=[], metavar="ID", help="pictures to show")
-    options = parser.parse_args(arguments)
-    try:
-        summarise(options.folder, options.split, options.gallery)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 def summarise(folder: Path, split: str | None = None, gallery: Sequence[str] = ()) -> Summary:
     """Write and print the summary of a sweep whose settings its jobs' files tell.
 
@@ -280,7 +257,8 @@ def _dataset(folder: Path) -> SegmentationDataset | None:
     """The data set of the first job that left its config; None, and a line, where there is none."""
     from omegaconf import OmegaConf
 
-    from lpcam.programs.entry import USER_ERRORS, build
+    from lpcam.programs.build import build
+    from lpcam.programs.entry import USER_ERRORS
 
     path = next(iter(sorted(folder.glob("*/config.yaml"))), None)
     try:
@@ -300,9 +278,5 @@ def _command(folder: Path) -> str:
         record = yaml.safe_load((folder / "multirun.yaml").read_text("utf-8"))
         overrides = [str(text) for text in record["hydra"]["overrides"]["task"]]
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
-        return shlex.join(["python", "-m", "lpcam.sweeps.summary", str(folder)])
+        return shlex.join(["lpcam", "summary", str(folder)])
     return shlex.join(["python", "infer.py", "-m", *overrides])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

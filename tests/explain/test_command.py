@@ -11,9 +11,9 @@ from skimage import data
 
 from lpcam import LPCAM
 from lpcam.__main__ import main
+from lpcam.data.transforms import normalize
 from lpcam.models.backbones import build_backbone
 from lpcam.models.classifier import Classifier
-from lpcam.data.transforms import normalize
 from lpcam.prototypes.prototype_set import Prototypes
 
 TABBY, ESPRESSO = 281, 967  # of ImageNet's classes

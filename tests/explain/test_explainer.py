@@ -20,9 +20,9 @@ from torchcam.methods import CAM
 
 from lpcam import LPCAM
 from lpcam.errors import InputError
+from lpcam.explain.views import PAPER_VIEWS, SINGLE_VIEW
 from lpcam.functional import class_activation_map
 from lpcam.prototypes.prototype_set import Prototypes
-from lpcam.explain.views import PAPER_VIEWS, SINGLE_VIEW
 
 Batch = tuple[Tensor, Tensor]
 RED, GREEN, BLUE, BLACK = [*torch.eye(3).tolist(), [0.0, 0.0, 0.0]]

@@ -12,7 +12,14 @@ from PIL import Image
 from lpcam import LPCAM
 from lpcam.data.coco import CATEGORY_IDS, CLASSES
 from lpcam.errors import InputError
-from lpcam.explain.export import MapModel, boxes, export_coco, export_onnx, export_program, save_masks
+from lpcam.explain.export import (
+    MapModel,
+    boxes,
+    export_coco,
+    export_onnx,
+    export_program,
+    save_masks,
+)
 from lpcam.seeds.masks import save_mask
 
 OPTIONS = {

@@ -12,8 +12,8 @@ from PIL import Image
 from skimage import data
 
 from lpcam import LPCAM
-from lpcam.models.backbones import build_backbone
 from lpcam.data.transforms import normalize
+from lpcam.models.backbones import build_backbone
 from tests.conftest import ROOT
 
 testing = pytest.importorskip("streamlit.testing.v1", reason="needs the extra 'demo'")

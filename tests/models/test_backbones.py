@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lpcam.models.backbones import Backbone, build_backbone
 from lpcam.errors import InputError
+from lpcam.models.backbones import Backbone, build_backbone
 from tests.malice import Malicious
 
 State = dict[str, Tensor]

@@ -13,10 +13,10 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lpcam.models.backbones import Backbone, build_backbone
-from lpcam.models.classifier import Classifier, load_classifier
 from lpcam.data.loaders import pooled_loader
 from lpcam.errors import InputError
+from lpcam.models.backbones import Backbone, build_backbone
+from lpcam.models.classifier import Classifier, load_classifier
 from tests.malice import Malicious
 
 CLASSES = 3

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lpcam.programs.check import check_split
 from lpcam.data.folder import Folder
 from lpcam.data.voc import CLASSES as VOC_CLASSES
+from lpcam.programs.check import check_split
 from tests.data.trees import Sample, draw_samples, write_coco, write_folder, write_mask, write_voc
 
 ROOT = Path(__file__).parents[2]

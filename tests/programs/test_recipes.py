@@ -13,14 +13,14 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from lpcam.prototypes.centers import Centers
 from lpcam.evaluation import SegmentationScore
-from lpcam.stages.callbacks import FeatureCallback, LPCAMCallback, MapHead
+from lpcam.prototypes.centers import Centers
 from lpcam.prototypes.kmeans import spherical_kmeans
 from lpcam.prototypes.local_features import LocalFeatures, split_features
 from lpcam.prototypes.selection import select
-from lpcam.seeds.record import SeedRecord
 from lpcam.seeds.masks import seed_mask
+from lpcam.seeds.record import SeedRecord
+from lpcam.stages.callbacks import FeatureCallback, LPCAMCallback, MapHead
 from tests.conftest import ROOT
 from tests.oracles import activation, kmeans, multiscale, prototypes, segmentation
 from tests.oracles.interpolation import bilinear

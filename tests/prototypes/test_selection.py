@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from lpcam.prototypes.centers import Centers, fit_centers
 from lpcam.errors import InputError
+from lpcam.prototypes.centers import Centers, fit_centers
 from lpcam.prototypes.local_features import split_features
 from lpcam.prototypes.prototype_set import Prototypes
 from lpcam.prototypes.selection import select, select_prototypes

@@ -9,9 +9,9 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from lpcam.models.backbones import Backbone, build_backbone
 from lpcam.data.dataset import Picture
 from lpcam.data.shapes import Shapes
+from lpcam.models.backbones import Backbone, build_backbone
 from lpcam.refiners.base import TrainedRefiner
 from lpcam.seeds.record import SeedRecord, grid_size
 

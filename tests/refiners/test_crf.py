@@ -21,8 +21,8 @@ from lpcam.refiners.crf import (
     with_background,
     wrapped_pixels,
 )
-from lpcam.seeds.record import SeedRecord, load_seed, save_seed
 from lpcam.seeds.masks import seed_mask
+from lpcam.seeds.record import SeedRecord, load_seed, save_seed
 from tests.oracles.crf import mean_field
 
 

@@ -16,7 +16,9 @@ def need(method: str) -> None:
         pytest.importorskip("pydensecrf.densecrf")
 
 
-def three_bands(values: tuple[float, float, float], key: int = 79) -> tuple[Image.Image, SeedRecord]:
+def three_bands(
+    values: tuple[float, float, float], key: int = 79
+) -> tuple[Image.Image, SeedRecord]:
     """A picture of three bands of 24 columns with one score each, at the picture's resolution."""
     pixels = np.zeros((32, 72, 3), np.uint8)
     maps = np.zeros((1, 32, 72), np.float16)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lpcam.refiners.par import PAR, neighbour_offsets, pixel_adaptive_refinement
-from lpcam.seeds.record import SeedRecord, load_seed, save_seed
 from lpcam.seeds.masks import seed_mask
+from lpcam.seeds.record import SeedRecord, load_seed, save_seed
 from tests.oracles.par import refine as slow_refine
 
 

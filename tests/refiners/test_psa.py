@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lpcam.models.backbones import build_backbone
 from lpcam.errors import InputError
+from lpcam.models.backbones import build_backbone
 from lpcam.refiners.heads import stage_channels
 from lpcam.refiners.psa import POWERS, PSA, AffinityNetwork, feature_affinity
 from lpcam.refiners.random_walk import pair_offsets

@@ -12,8 +12,8 @@ from lpcam.data.dataset import Picture
 from lpcam.errors import InputError
 from lpcam.refiners.crf import PARAMETERS, dense_crf
 from lpcam.refiners.saliency import Saliency, saliency_labels
-from lpcam.seeds.record import SeedRecord, load_seed, save_seed
 from lpcam.seeds.masks import seed_mask
+from lpcam.seeds.record import SeedRecord, load_seed, save_seed
 from tests.oracles.saliency import labels as slow_labels
 
 PICTURES = [Picture(name, Path(f"{name}.jpg"), (0,)) for name in ("a", "b")]

@@ -10,8 +10,8 @@ from PIL import Image
 from lpcam.data.dataset import Picture
 from lpcam.errors import InputError
 from lpcam.refiners.sam import SAMMerge, merge_masks
-from lpcam.seeds.record import SeedRecord, load_seed, save_seed
 from lpcam.seeds.masks import seed_mask
+from lpcam.seeds.record import SeedRecord, load_seed, save_seed
 from tests.oracles.sam import merge as slow_merge
 
 PICTURES = [Picture(name, Path(f"{name}.jpg"), (0,)) for name in ("a", "b")]

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from lpcam.models.backbones import build_backbone
 from lpcam.data.transforms import normalize, rescale
 from lpcam.errors import InputError
 from lpcam.functional import prototype_directions
-from lpcam.stages.callbacks import LPCAMCallback, MapHead
-from lpcam.seeds.record import STEP, SeedRecord, grid_size, load_seed, save_seed
+from lpcam.models.backbones import build_backbone
 from lpcam.seeds.masks import mark_unsure, palette, save_mask, scores_of_labels, seed_mask
+from lpcam.seeds.record import STEP, SeedRecord, grid_size, load_seed, save_seed
+from lpcam.stages.callbacks import LPCAMCallback, MapHead
 from tests.oracles.interpolation import bilinear
 from tests.oracles.segmentation import seed_mask as slow_seed_mask
 

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from lpcam.prototypes.multi_scale import sampled_cam
 from PIL import Image
 from torch import Tensor
 
-from lpcam.models.backbones import build_backbone
-from lpcam.models.classifier import Classifier
 from lpcam.data.dataset import Picture
 from lpcam.data.loaders import view_loader
 from lpcam.functional import local_prototype_map, prototype_directions
-from lpcam.stages.callbacks import FeatureCallback, LPCAMCallback, MapHead
-from lpcam.prototypes.multi_scale import sampled_cam
+from lpcam.models.backbones import build_backbone
+from lpcam.models.classifier import Classifier
 from lpcam.prototypes.prototype_set import Prototypes
+from lpcam.stages.callbacks import FeatureCallback, LPCAMCallback, MapHead
 from tests.oracles import multiscale
 
 CLASSES = 4

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lpcam
-from lpcam.storage.store import Stage, main
+from lpcam.storage.files import write_atomically
 from lpcam.storage.hashing import digest, file_digest
 from lpcam.storage.ranks import is_main_process
-from lpcam.storage.files import write_atomically
+from lpcam.storage.store import Stage, main
 
 INPUTS = {"k": 12, "tau": 0.1, "upstream": "3f2a", "scales": [1.0, 0.5], "select": {"mu_f": 0.9}}
 

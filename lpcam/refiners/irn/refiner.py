@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lpcam.models.backbones import Backbone
 from lpcam.data.transforms import normalize
 from lpcam.errors import InputError
+from lpcam.models.backbones import Backbone
 from lpcam.refiners.heads import HeadRefiner, resize
 from lpcam.refiners.irn.training import RelationTraining
 from lpcam.refiners.labels import relation_labels

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lpcam.models.backbones import Backbone
 from lpcam.data.dataset import Picture, open_picture
 from lpcam.data.transforms import normalize
+from lpcam.models.backbones import Backbone
 from lpcam.refiners.heads import HeadTraining, stage_channels
 from lpcam.refiners.irn.network import RelationNetwork
 from lpcam.refiners.pairs import PairLabels, affinity_loss, mean_where, pair_labels

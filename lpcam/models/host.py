@@ -1,0 +1,142 @@
+"""What LPCAM is plugged into: a classifier with local features and maps of its own."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Self
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lpcam.data.loaders import ViewBatch
+from lpcam.errors import InputError
+from lpcam.models.backbones import Backbone
+from lpcam.models.weights import load_state
+from lpcam.prototypes.maps import HostViews
+
+
+class Host(pl.LightningModule):
+    """A network that LPCAM's maps take the place of CAM in.
+
+    Its own maps split local features into foreground and context, and are the baseline that LPCAM's
+    maps are compared with; its scores of cluster centres select prototypes.
+
+    A subclass trains like any LightningModule. It gives :meth:`own_maps` and :meth:`score`, or
+    overrides :meth:`predict_step` where its maps are no function of its features.
+
+    Args:
+        backbone: The network of local features.
+        num_classes: Number of classes C.
+
+    Attributes:
+        maps_from_features: Whether :meth:`own_maps` can tell the maps from stored features alone.
+        finishes: Whether :meth:`finish` does anything; then LPCAM's maps need more than features.
+        needs_gradients: Whether prediction differentiates.
+        frozen: Whether only what lies behind the mean features is trained, so that training needs
+            no pictures.
+    """
+
+    maps_from_features = True
+    finishes = False
+    needs_gradients = False
+    frozen = False
+
+    def __init__(self, backbone: Backbone, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.num_classes = num_classes
+
+    @abstractmethod
+    def own_maps(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
+        """The host's own maps of local features, not negative and not normalised.
+
+        Args:
+            features: Local features ``(N, D, h, w)``.
+            classes: Indices of P classes; None for all.
+
+        Returns:
+            Maps ``(N, P, h, w)``.
+        """
+
+    @abstractmethod
+    def score(self, vectors: Tensor) -> Tensor:
+        """Class scores ``(N, C)`` of any vectors ``(N, D)`` in the place of mean features."""
+
+    @property
+    @abstractmethod
+    def score_key(self) -> str:
+        """Hash of what decides scores and own maps beyond the features."""
+
+    @property
+    def feature_key(self) -> str:
+        """Hash of what decides the local features."""
+        return self.backbone.fingerprint
+
+    @property
+    def stride(self) -> int:
+        """Pixels between two positions of the features' grid."""
+        return self.backbone.stride
+
+    def predict_step(self, batch: ViewBatch, batch_idx: int) -> list[HostViews]:
+        """Features and own maps of every scale.
+
+        Returns:
+            For each scale those of the pictures and, if the batch wants them, of their mirror
+            images, from one forward pass.
+        """
+        scales = []
+        for view in batch["views"]:
+            if batch["flip"]:
+                plain, mirrored = self.backbone(torch.cat([view, view.flip(3)])).chunk(2)
+                features = torch.stack([plain, mirrored.flip(3)])
+            else:
+                features = self.backbone(view)[None]
+            maps = self.own_maps(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+            scales.append(HostViews(features, maps))
+        return scales
+
+    def finish(self, maps: Tensor, views: HostViews, classes: Tensor) -> Tensor:
+        """Turn LPCAM's maps of one scale into those of the host with LPCAM in it.
+
+        Args:
+            maps: Rectified maps of M settings and P classes ``(M, B, P, h, w)``.
+            views: What the host gave at this scale.
+            classes: Indices of the P classes.
+
+        Returns:
+            Maps of the same shape; by default those that were given.
+        """
+        return maps
+
+    def for_inference(self) -> Self:
+        """A copy that gives the same features, faster where that is possible."""
+        return self
+
+
+def load_host(path: Path, host: Host) -> Host:
+    """Load a trained host for inference.
+
+    Args:
+        path: A checkpoint that training wrote, or a ``.safetensors`` file of its weights.
+        host: The host as it was before its training; its weights are replaced.
+
+    Raises:
+        InputError: The file is missing, holds pickled objects, or belongs to another network or
+            another number of classes.
+    """
+    state, wanted = load_state(path), host.state_dict()
+    for name in state.keys() & wanted.keys():
+        found, shape = state[name].shape, wanted[name].shape
+        if found[1:] == shape[1:] and found[:1] != shape[:1] == (host.num_classes,):
+            raise InputError(
+                f"ckpt={path}: a classifier of {found[0]} classes, the data set has "
+                f"{host.num_classes}; give the checkpoint that belongs to it"
+            )
+    try:
+        host.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(
+            f"ckpt={path}: no {type(host).__name__} on {host.backbone.name}; choose the classifier "
+            "and the backbone that it belongs to"
+        ) from error
+    return host.eval()

@@ -1,0 +1,58 @@
+"""Make maps and masks with a trained classifier: ``lpcam infer``, or ``python infer.py``.
+
+``--help`` lists the groups, ``--cfg job`` shows what will run; ``-m`` or a study such as
+``experiments=sweep_k`` runs many settings for little more than one costs.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from lpcam.programs.done import done_metrics, headline, write_done
+from lpcam.programs.entry import job, run
+from lpcam.programs.folders import CONF
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="infer")
+@job
+def infer(cfg: DictConfig) -> float | None:
+    """Run every stage; return the mIoU on the last split, of refined maps where there are any."""
+    start = time.perf_counter()
+    output, last = Path(cfg.paths.output), cfg.dataset.map_splits[-1]
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    metrics = done_metrics(output, config)
+    if metrics is not None:  # without masks there are none
+        print(f"Already done: {output}")
+        return headline(metrics, last)
+
+    from lpcam.programs import outputs
+    from lpcam.programs.run import Run
+    from lpcam.reporting.scores import print_table
+    from lpcam.storage.ranks import is_main_process
+
+    this = Run(cfg, HydraConfig.get().overrides.task)
+    results = this.results()
+    if not is_main_process():
+        return None
+    outputs.save(output, cfg, this, results)
+    if cfg.report:
+        outputs.report(output, cfg, this, results)
+    if cfg.logger:
+        outputs.log(output, cfg, this, results)
+    write_done(output, config, results, time.perf_counter() - start)
+    print_table(results.scores, this.titles)
+    print(f"Results: {output / ('report.html' if cfg.report else '')}")
+    return headline(results.metrics, last)
+
+
+def main() -> None:
+    """Run the program with the process's arguments."""
+    run(infer)
+
+
+if __name__ == "__main__":
+    main()

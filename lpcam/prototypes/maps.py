@@ -1,0 +1,169 @@
+"""From the views of a batch to maps: of any number of settings at once, over scales and mirrors."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpcam.functional import local_prototype_map, merge_scales, normalize_maps
+from lpcam.prototypes.prototype_set import Prototypes
+from lpcam.seeds.record import grid_size
+
+
+class HostViews(NamedTuple):
+    """What a host gives of a batch at one scale, on the grid of its features.
+
+    Attributes:
+        features: Local features of V mirrored views ``(V, B, D, h, w)``, mirrored back. LPCAM reads
+            only their sum.
+        maps: The host's own maps of them, not negative ``(V, B, C, h, w)``. Those of classes that a
+            picture's labels do not name may be zero. None where only LPCAM's are made of it.
+        extra: Whatever else the host needs to finish LPCAM's maps.
+    """
+
+    features: Tensor
+    maps: Tensor | None = None
+    extra: Tensor | None = None
+
+
+# Turns LPCAM's rectified maps of one scale (M, B, P, h, w) into those of the host with LPCAM in it,
+# given the views of that scale and the indices of the P classes.
+Finish = Callable[[Tensor, HostViews, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class MapSetting:
+    """One way of making maps: the host's own, or LPCAM with these directions.
+
+    Attributes:
+        directions: Directions ``(C, D)``; None for the host's own maps.
+        offset: Added to LPCAM's signed map; 1 when there are only context prototypes, which makes
+            the map ``1 - mean cosine to the context``.
+    """
+
+    directions: Tensor | None = None
+    offset: float = 0.0
+
+
+def lpcam_setting(prototypes: Prototypes, use: str) -> MapSetting:
+    """LPCAM with the prototypes of ``class``, of ``context`` or of ``both``."""
+    # Without class prototypes the map is 1 - mean cosine to the context: how unlike it is.
+    return MapSetting(prototypes.directions(use), 1.0 if use == "context" else 0.0)
+
+
+class MapMaker(nn.Module):
+    """Makes maps of any number of settings from the same views.
+
+    All directions are stacked into one matrix: M settings cost one product, not M passes. Features
+    of a picture and its mirror image are added before LPCAM's cosine; a host's own maps are added.
+    Scales are added on the stride-4 grid, and each sum is divided by its maximum.
+
+    Args:
+        settings: What to make.
+        eps: Added to the maximum that an LPCAM map is divided by; a host's own has 1e-5.
+        rounded: Round the sum of features to half precision first, as it is kept in the store, so
+            that maps are the same whether made now or later from there.
+    """
+
+    directions: Tensor
+    offsets: Tensor
+
+    def __init__(
+        self, settings: Sequence[MapSetting], *, eps: float = 1e-5, rounded: bool = False
+    ) -> None:
+        super().__init__()
+        self.settings = tuple(settings)
+        self.eps = eps
+        self.rounded = rounded
+        directions = [s.directions for s in settings if s.directions is not None]
+        stacked = torch.stack(directions) if directions else torch.zeros(0)
+        # In single precision the last bits of a product, and of resizing, depend on how many maps
+        # are stacked, and with them which way a value is rounded on disk: a setting would not give
+        # the same file alone and in a sweep.
+        self.register_buffer("directions", stacked.double(), persistent=False)
+        offsets = torch.tensor([s.offset for s in settings if s.directions is not None])
+        self.register_buffer(
+            "offsets", offsets.double()[:, None, None, None, None], persistent=False
+        )
+
+    def move(self, device: torch.device) -> "MapMaker":
+        """Bring the directions to a device; to MPS, which knows no double precision, as single."""
+        return self.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+    def forward(
+        self,
+        scales: Sequence[HostViews],
+        labels: Tensor,
+        size: tuple[int, int],
+        finish: Finish | None = None,
+    ) -> list[Tensor]:
+        """Maps of every setting.
+
+        Args:
+            scales: The views of each scale.
+            labels: Which classes to map ``(B, C)`` bool.
+            size: Height and width of the pictures.
+            finish: What the host does to LPCAM's maps; None for nothing.
+
+        Returns:
+            For each setting ``(L, H', W')`` in 0..1 on the stride-4 grid; L counts the True labels
+            of the whole batch, picture by picture.
+        """
+        present = labels.any(0).nonzero()[:, 0]
+        grid = grid_size(size)
+        if not len(present):
+            return [self.offsets.new_zeros(0, *grid) for _ in self.settings]
+        wanted = labels[:, present]
+        host: list[Tensor] = []
+        fitted: list[Tensor] = []
+        for views in scales:
+            if views.maps is not None:
+                host.append(views.maps.sum(0)[:, present][wanted].to(self.offsets.dtype))
+            if len(self.offsets):
+                maps = self._fitted(views.features.sum(0), present)
+                fitted.append((finish(maps, views, present) if finish else maps)[:, wanted])
+        made: Iterator[Tensor] = iter([])
+        if fitted:
+            merged = merge_scales([maps.flatten(0, 1) for maps in fitted], grid)
+            made = iter(normalize_maps(merged, self.eps).unflatten(0, fitted[0].shape[:2]))
+        return [
+            normalize_maps(merge_scales(host, grid)) if s.directions is None else next(made)
+            for s in self.settings
+        ]
+
+    def _fitted(self, features: Tensor, present: Tensor) -> Tensor:
+        """LPCAM of one scale after ReLU, for M settings and P classes: ``(M, B, P, h, w)``."""
+        if self.rounded:
+            features = features.half()
+        directions = self.directions[:, present]
+        signed = local_prototype_map(features.to(directions.dtype), directions.flatten(0, 1))
+        signed = signed.unflatten(1, directions.shape[:2]).transpose(0, 1)
+        return (signed + self.offsets).relu()
+
+
+def sampled_maps(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """A host's maps over scales and mirror images, as the published code splits features by them.
+
+    They are made at the picture's full size: views are added, scales are resized to sides that are
+    multiples of 16, cut and added, and each map is divided by its maximum. Then one value a feature
+    is read, that of the top left corner of the feature's cell (torch's ``nearest``), so no blurring
+    and no other maximum enters.
+
+    Args:
+        maps: For each scale the host's own ``(V, L, h, w)``, V mirrored views of one picture. The
+            first scale's grid is sampled.
+        size: Height and width of the picture.
+
+    Returns:
+        Maps ``(L, h, w)`` in 0..1.
+    """
+    height, width = size
+    grid = maps[0].shape[-2:]
+    if not maps[0].shape[1]:
+        return maps[0].new_zeros(0, *grid)
+    added = [views.sum(0) for views in maps]
+    whole = merge_scales(added, (-(-height // 16) * 16, -(-width // 16) * 16))
+    return F.interpolate(normalize_maps(whole[:, :height, :width])[None], grid)[0]

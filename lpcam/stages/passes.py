@@ -1,0 +1,81 @@
+"""A pass over pictures with a host, which callbacks turn into files."""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import pydantic
+from pydantic import AfterValidator, Field
+from pytorch_lightning.callbacks import Callback
+
+from lpcam.data.dataset import Picture
+from lpcam.data.loaders import view_loader
+from lpcam.models.host import Host
+from lpcam.models.training import MakeTrainer
+from lpcam.settings import CHECKED
+
+Scale = Annotated[float, Field(gt=0, le=8)]
+
+
+def _once(scales: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(sorted(set(scales)))
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
+class ViewSettings:
+    """The views of every picture.
+
+    Attributes:
+        scales: Factors on the picture's size; kept in ascending order, each once.
+        flip: Whether mirror images are among them.
+    """
+
+    scales: Annotated[tuple[Scale, ...], Field(min_length=1), AfterValidator(_once)]
+    flip: bool
+
+
+def predict(
+    make_trainer: MakeTrainer,
+    host: Host,
+    pictures: Sequence[Picture],
+    callback: Callback,
+    *,
+    done: Callable[[Picture], bool],
+    scales: Sequence[float],
+    flip: bool,
+    batch_size: int,
+    num_workers: int,
+) -> None:
+    """Run a writing callback over the pictures that an earlier, killed run did not finish.
+
+    Args:
+        make_trainer: Makes Lightning's trainer.
+        host: The trained host.
+        pictures: The pictures.
+        callback: Writes what the host gives.
+        done: Whether a picture's files are there.
+        scales: Factors on the pictures' size, in the order of what the host gives.
+        flip: Whether mirror images are wanted.
+        batch_size: Pictures of one size that share a forward pass.
+        num_workers: Processes that decode pictures.
+    """
+    missing = [picture for picture in pictures if not done(picture)]
+    if not missing:
+        return
+    loader = view_loader(
+        missing,
+        host.num_classes,
+        scales=scales,
+        flip=flip,
+        mean=host.backbone.mean,
+        std=host.backbone.std,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    trainer = make_trainer(
+        logger=False,
+        callbacks=[callback],
+        enable_checkpointing=False,
+        inference_mode=not host.needs_gradients,
+    )
+    trainer.predict(host.for_inference(), loader, return_predictions=False)
+    trainer.strategy.barrier()
