@@ -12,8 +12,9 @@ $(VENV)/bin/uv pip install --quiet --python $(RUN) -e '$(1)' || \
 touch $@
 endef
 
-API := $(addprefix lpcam.,explainer prototype_set prototype_head feature_layers views visualize \
-	export functional kmeans centers prototypes evaluation backbones)
+API := $(addprefix lpcam.,explain.explainer explain.feature_layers explain.views explain.export \
+	prototypes.prototype_set prototypes.head prototypes.kmeans prototypes.centers \
+	prototypes.selection visualize functional evaluation models.backbones models.host)
 
 .PHONY: help demo test lint format docs clean
 

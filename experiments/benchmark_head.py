@@ -28,12 +28,12 @@ def main() -> None:
     torch.manual_seed(0)
     image = torch.randn(1, 3, 375, 500)
     weight = torch.randn(CLASSES, backbone.dim)
-    own = [torch.rand(OWN, backbone.dim) for _ in range(CLASSES)]
+    foreground = [torch.rand(OWN, backbone.dim) for _ in range(CLASSES)]
     context = [torch.rand(CONTEXT, backbone.dim) for _ in range(CLASSES)]
-    directions = prototype_directions(own, context)
+    directions = prototype_directions(foreground, context)
 
     def one_by_one(features: torch.Tensor) -> None:
-        for mine, others in zip(own, context, strict=True):
+        for mine, others in zip(foreground, context, strict=True):
             for prototypes in (mine, others):
                 cosine = [F.cosine_similarity(features, p[None, :, None, None]) for p in prototypes]
                 torch.stack(cosine).mean(0)

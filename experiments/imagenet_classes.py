@@ -64,27 +64,27 @@ def main() -> None:
             image = batch["views"][0]
             with torch.no_grad():
                 scores = model(image)[0]
-            own = [int(indices[c][scores[indices[c]].argmax()]) for c in picture.labels or ()]
-            yield picture, image, own
+            shown = [int(indices[c][scores[indices[c]].argmax()]) for c in picture.labels or ()]
+            yield picture, image, shown
 
     def multi_hot(classes: list[int]) -> torch.Tensor:
         return torch.zeros(1, 1000).index_fill_(1, torch.tensor(classes), 1)
 
     warnings.filterwarnings("ignore", "class .*: no prototype scores above")
     cam = LPCAM(model, k=4, class_score=options.class_score)
-    cam.fit(((image, multi_hot(own)) for _, image, own in batches("train")), progress=False)
+    cam.fit(((image, multi_hot(shown)) for _, image, shown in batches("train")), progress=False)
     fitted = set(cam.head.fitted)
 
     names = ("CAM", "LPCAM")
     scores = {name: SegmentationScore(len(indices)) for name in names}
     left_out = 0
-    for picture, image, own in batches("val"):
-        if not fitted.issuperset(own):  # its ImageNet class was not seen in train
+    for picture, image, shown in batches("val"):
+        if not fitted.issuperset(shown):  # its ImageNet class was not seen in train
             left_out += 1
             continue
-        lpcam, plain = cam.compare(image, multi_hot(own))
+        lpcam, plain = cam.compare(image, multi_hot(shown))
         for name, maps in (("CAM", plain), ("LPCAM", lpcam)):
-            scores[name].update(maps[0, own], list(picture.labels or ()), dataset.mask(picture))
+            scores[name].update(maps[0, shown], list(picture.labels or ()), dataset.mask(picture))
     rows = [
         "`python experiments/imagenet_classes.py`",
         "",

@@ -44,8 +44,8 @@ def prototype_directions(
     """
     return torch.stack(
         [
-            _mean_unit(own) - _mean_unit(context)
-            for own, context in zip(class_prototypes, context_prototypes, strict=True)
+            _mean_unit(foreground) - _mean_unit(context)
+            for foreground, context in zip(class_prototypes, context_prototypes, strict=True)
         ]
     )
 

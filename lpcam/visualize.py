@@ -28,7 +28,7 @@ def to_pictures(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
     """
     scale, shift = (torch.tensor(v, device=images.device)[:, None, None] for v in (std, mean))
     pixels = (images * scale + shift).clamp(0, 1).permute(0, 2, 3, 1)
-    return [to_image(own) for own in pixels.cpu().numpy()]
+    return [to_image(picture) for picture in pixels.cpu().numpy()]
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:

@@ -54,21 +54,21 @@ def load_weights(network: Any, path: Path) -> None:
     state = load_state(path)
     if "_conv_stem.weight" in state:
         state = dict(_timm_names(state, network))
-    own = network.state_dict()
+    wanted = network.state_dict()
     head = tuple(f"{prefix}." for prefix in _classifier_names(network))
-    wrong = sorted(key for key in own.keys() ^ state.keys() if not key.startswith(head))
+    wrong = sorted(key for key in wanted.keys() ^ state.keys() if not key.startswith(head))
     wrong += sorted(
         key
-        for key in own.keys() & state.keys()
-        if own[key].shape != state[key].shape and not key.startswith(head)
+        for key in wanted.keys() & state.keys()
+        if wanted[key].shape != state[key].shape and not key.startswith(head)
     )
     if wrong:
         raise InputError(
             f"{path}: weights of another network, {len(wrong)} keys differ ({wrong[0]}); "
             "give the file that belongs to backbone.name"
         )
-    fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-    network.load_state_dict({**own, **fits})
+    fits = {k: v for k, v in state.items() if k in wanted and wanted[k].shape == v.shape}
+    network.load_state_dict({**wanted, **fits})
 
 
 def _classifier_names(network: Any) -> tuple[str, ...]:
@@ -91,11 +91,11 @@ def _timm_names(state: Mapping[str, Tensor], network: Any) -> list[tuple[str, Te
     for key, value in state.items():
         if match := re.fullmatch(r"_blocks\.(\d+)\.(_\w+)\.(\w+)", key):
             index, layer, kind = match.groups()
-            own: tuple[str, ...] = ("_depthwise_conv", "_bn1", "_project_conv", "_bn2")
+            old: tuple[str, ...] = ("_depthwise_conv", "_bn1", "_project_conv", "_bn2")
             new = plain
             if f"_blocks.{index}._expand_conv.weight" in state:
-                own, new = ("_expand_conv", "_bn0", *own), expanded
-            renamed.append((f"{places[int(index)]}.{new[own.index(layer)]}.{kind}", value))
+                old, new = ("_expand_conv", "_bn0", *old), expanded
+            renamed.append((f"{places[int(index)]}.{new[old.index(layer)]}.{kind}", value))
         else:
             layer, _, kind = key.partition(".")
             renamed.append((f"{top.get(layer, layer)}.{kind}", value))

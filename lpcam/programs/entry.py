@@ -163,6 +163,6 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, HydraException) and error.__cause__ is not None:
         lines = [*lines[:1], *str(error.__cause__).splitlines()[:1]]
     if isinstance(error, InputError):
-        # From a process that decodes pictures it comes with that process's traceback before it.
+        # A loader's process hands its whole traceback over; the message is the last line of it.
         lines = [lines[-1].removeprefix(f"{InputError.__module__}.InputError: ")]
     return " ".join(lines[:2])

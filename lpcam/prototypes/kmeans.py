@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lpcam.errors import InputError
 
-# Rows that are converted to single precision and multiplied at a time: so few stay in the cache.
+# Rows multiplied at a time. As single precision so many still fit into a processor's cache.
 CHUNK = 1024
 
 

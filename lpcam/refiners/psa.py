@@ -61,8 +61,8 @@ class AffinityNetwork(nn.Module):
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
         branches = [
-            nn.Conv2d(own, width, 1, bias=False)
-            for own, width in zip(channels[-3:], WIDTHS, strict=True)
+            nn.Conv2d(size, width, 1, bias=False)
+            for size, width in zip(channels[-3:], WIDTHS, strict=True)
         ]
         self.branches = nn.ModuleList(branches)
         self.merge = nn.Conv2d(sum(WIDTHS), sum(WIDTHS), 1, bias=False)
@@ -73,8 +73,8 @@ class AffinityNetwork(nn.Module):
     def forward(self, features: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         """Features ``(B, 448, *grid)`` of the backbone's stages on the stride-8 grid."""
         found = [
-            F.elu(branch(resize(own, grid)))
-            for branch, own in zip(self.branches, features[-3:], strict=True)
+            F.elu(branch(resize(stage, grid)))
+            for branch, stage in zip(self.branches, features[-3:], strict=True)
         ]
         return F.elu(self.merge(torch.cat(found, 1)))
 

@@ -19,10 +19,8 @@ from lpcam.reporting.gallery import (
 )
 from lpcam.reporting.page import class_colours, data_uri, render
 from lpcam.reporting.patches import PrototypeView, crop_all, draw_prototypes
-from lpcam.reporting.scores import COLUMNS, Method, in_words, print_table, score_rows
+from lpcam.reporting.scores import COLUMNS, Method, in_words, score_rows
 from lpcam.storage.files import write_atomically
-
-__all__ = ["Method", "PrototypeView", "print_table", "write_report"]
 
 STANDALONE_ROWS = 4
 

@@ -53,14 +53,14 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Cell:
+class ScoreCell:
     """A number of the table as text, and whether it is the best of its column."""
 
     text: str
     best: bool
 
 
-def score_rows(methods: Sequence[Method], split: str, threshold: float) -> list[list[Cell]]:
+def score_rows(methods: Sequence[Method], split: str, threshold: float) -> list[list[ScoreCell]]:
     """The table of a split, a row a method, in the order of ``COLUMNS``.
 
     Percent and points with one decimal; thresholds and the width of their range with two.
@@ -81,14 +81,14 @@ def score_rows(methods: Sequence[Method], split: str, threshold: float) -> list[
             "threshold_width": result.threshold_width,
         }
         table.append(values)
-    rows: list[list[Cell]] = [[] for _ in methods]
+    rows: list[list[ScoreCell]] = [[] for _ in methods]
     for key, (_, better, scale, form) in COLUMNS.items():
         column = [values[key] for values in table]
         texts = ["n/a" if math.isnan(v) else form.format(scale * v) for v in column]
         known = [(better * v, text) for v, text in zip(column, texts, strict=True) if v == v]
         best = max(known)[1] if known else None
         for row, text in zip(rows, texts, strict=True):
-            row.append(Cell(text, better != 0 and text == best))
+            row.append(ScoreCell(text, better != 0 and text == best))
     return rows
 
 

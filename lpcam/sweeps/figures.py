@@ -95,7 +95,7 @@ def line_panel(sweep: Sweep, axis: Axis, by: Axis | None, metric: str) -> Panel:
             name = f"{by.name}={names[key[0]]}" if by else None
             _line(axes, sweep, lines[key], axis, metric, colour, name)
         if metric == "miou":
-            places, means = _along(axis, jobs, lambda own: [sweep.baseline(own)])
+            places, means = _along(axis, jobs, lambda found: [sweep.baseline(found)])
             if not np.isnan(means).all():
                 axes.plot(places, 100 * means[:, 0], "--", color=COLOURS[0], label="CAM")
         axes.set(xlabel=axis.key, ylabel=METRICS[metric][0])
@@ -118,8 +118,8 @@ def _line(
 ) -> None:
     _, factor, form = METRICS[metric]
 
-    def spread(own: Sequence[Job]) -> list[float]:
-        scores = [job.score(sweep.split, metric) for job in own]
+    def spread(jobs: Sequence[Job]) -> list[float]:
+        scores = [job.score(sweep.split, metric) for job in jobs]
         known = [score for score in scores if not math.isnan(score)] or [math.nan]
         return [factor * min(known), factor * average(known), factor * max(known)]
 

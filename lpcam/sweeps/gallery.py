@@ -54,7 +54,7 @@ def choose_jobs(sweep: Sweep, count: int = MOST_SETTINGS) -> list[Job]:
     return chosen
 
 
-def choose_pictures(
+def gallery_pictures(
     dataset: SegmentationDataset, split: str, ids: Sequence[str] = (), count: int = MOST_PICTURES
 ) -> list[Picture]:
     """Pictures to show: those named, or in turn the first of each class that is not yet chosen.
@@ -77,8 +77,8 @@ def choose_pictures(
         return [known[name] for name in ids]
     chosen: dict[str, Picture] = {}
     for label in evenly(range(len(dataset.classes)), count):
-        own = (p for p in pictures if p.id not in chosen and label in (p.labels or ()))
-        chosen |= {picture.id: picture for picture in list(own)[:1]}
+        showing = (p for p in pictures if p.id not in chosen and label in (p.labels or ()))
+        chosen |= {picture.id: picture for picture in list(showing)[:1]}
     rest = [picture for picture in pictures if picture.id not in chosen]
     chosen |= {picture.id: picture for picture in rest[: max(0, count - len(chosen))]}
     return list(chosen.values())

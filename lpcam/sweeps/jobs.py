@@ -119,7 +119,7 @@ def read_jobs(folder: Path) -> list[Job]:
         InputError: It is no folder, or holds no job.
     """
     folders = sorted(folder.iterdir()) if folder.is_dir() else []
-    jobs = [_read_job(own) for own in folders if any((own / sign).is_file() for sign in SIGNS)]
+    jobs = [_read_job(f) for f in folders if any((f / sign).is_file() for sign in SIGNS)]
     if not jobs:
         raise InputError(f"{folder}: holds no job; give the folder of a sweep made by infer.py -m")
     return jobs

@@ -36,7 +36,7 @@ from lpcam.sweeps.findings import (
     no_help,
     noise,
 )
-from lpcam.sweeps.gallery import Row, choose_jobs, choose_pictures, make_rows
+from lpcam.sweeps.gallery import Row, choose_jobs, gallery_pictures, make_rows
 from lpcam.sweeps.jobs import DONE, FAILED, MISSING, Job, brief, group, read_jobs
 from lpcam.sweeps.table import computed, job_table, to_csv
 
@@ -187,7 +187,7 @@ def _gallery(
     if data_axes:
         return [], f"The jobs may not show the same pictures: {', '.join(data_axes)} differs."
     try:
-        return make_rows(dataset, choose_pictures(dataset, sweep.split, ids), jobs), ""
+        return make_rows(dataset, gallery_pictures(dataset, sweep.split, ids), jobs), ""
     except InputError as error:
         return [], str(error)
 

@@ -27,7 +27,7 @@ def to_csv(sweep: Sweep) -> str:
 
 
 @dataclass(frozen=True)
-class Cell:
+class JobCell:
     """What a cell shows, the number it is sorted by, and whether it is the best of its column."""
 
     text: str
@@ -35,7 +35,7 @@ class Cell:
     best: bool = False
 
 
-def job_table(sweep: Sweep) -> tuple[list[str], list[tuple[Job, list[Cell]]]]:
+def job_table(sweep: Sweep) -> tuple[list[str], list[tuple[Job, list[JobCell]]]]:
     """The page's table.
 
     Returns:
@@ -53,8 +53,8 @@ def job_table(sweep: Sweep) -> tuple[list[str], list[tuple[Job, list[Cell]]]]:
     columns.append(("best threshold", 0, "{:.2f}", _metric(split, "best_threshold", 1)))
     columns.append(("seconds", -1, "{:,.1f}", lambda job: job.seconds.get("total", math.nan)))
     jobs = sorted(sweep.jobs, key=lambda job: _last(-job.score(split, "miou")))
-    rows: list[list[Cell]] = [
-        [Cell(brief(job.value(axis)), axis.values.index(job.value(axis))) for axis in sweep.axes]
+    rows: list[list[JobCell]] = [
+        [JobCell(brief(job.value(axis)), axis.values.index(job.value(axis))) for axis in sweep.axes]
         for job in jobs
     ]
     for _, better, form, value in columns:
@@ -63,7 +63,7 @@ def job_table(sweep: Sweep) -> tuple[list[str], list[tuple[Job, list[Cell]]]]:
         best = max(known, default=math.nan)
         for row, v in zip(rows, values, strict=True):
             text = "" if math.isnan(v) else form.format(v)
-            row.append(Cell(text, v, better != 0 and better * v == best))
+            row.append(JobCell(text, v, better != 0 and better * v == best))
     headings = [axis.key for axis in sweep.axes] + [title for title, *_ in columns]
     return headings, list(zip(jobs, rows, strict=True))
 

@@ -22,13 +22,13 @@ class RelationNetwork(nn.Module):
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
-        self.edge_branches = nn.ModuleList(_branch(own, 32, 4) for own in channels)
+        self.edge_branches = nn.ModuleList(_branch(size, 32, 4) for size in channels)
         self.edge_out = nn.Conv2d(32 * len(channels), 1, 1)
         shallow, deep = channels[:2], channels[2:]
         self.shallow = nn.ModuleList(
-            _branch(own, width, width // 8) for own, width in zip(shallow, (64, 128), strict=True)
+            _branch(size, width, width // 8) for size, width in zip(shallow, (64, 128), strict=True)
         )
-        self.deep = nn.ModuleList(_branch(own, 256, 16) for own in deep)
+        self.deep = nn.ModuleList(_branch(size, 256, 16) for size in deep)
         self.merge_deep = _branch(256 * len(deep), 256, 16)
         self.merge = _branch(256 + 64 + 128, 256, 16)
         self.displacement_out = nn.Conv2d(256, 2, 1, bias=False)
@@ -45,8 +45,8 @@ class RelationNetwork(nn.Module):
             ``(B, *grid)``.
         """
         found = [
-            resize(branch(own), grid).relu()
-            for branch, own in zip(self.edge_branches, _fit(features, grid), strict=True)
+            resize(branch(stage), grid).relu()
+            for branch, stage in zip(self.edge_branches, _fit(features, grid), strict=True)
         ]
         return self.edge_out(torch.cat(found, 1))[:, 0]
 
@@ -58,11 +58,13 @@ class RelationNetwork(nn.Module):
         """
         half = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
         features = _fit(features, grid)
-        deep = [resize(b(own), half).relu() for b, own in zip(self.deep, features[2:], strict=True)]
+        deep = [
+            resize(b(stage), half).relu() for b, stage in zip(self.deep, features[2:], strict=True)
+        ]
         merged = resize(self.merge_deep(torch.cat(deep, 1)), grid).relu()
         shallow = [
-            resize(branch(own), grid).relu()
-            for branch, own in zip(self.shallow, features[:2], strict=True)
+            resize(branch(stage), grid).relu()
+            for branch, stage in zip(self.shallow, features[:2], strict=True)
         ]
         found = self.displacement_out(self.merge(torch.cat([*shallow, merged], 1)).relu())
         return found if self.training else found - self.mean_shift[:, None, None]

@@ -124,8 +124,8 @@ class IRN(HeadRefiner):
         pixels = normalize(image, backbone.mean, backbone.std)
         both = torch.stack([pixels, pixels.flip(2)]).to(head.mean_shift)
         grid = grid_size((image.height, image.width))
-        own, mirrored = head.edge(backbone.stages(both), grid)
-        return ((own + mirrored.flip(1)) / 2).sigmoid()
+        plain, mirrored = head.edge(backbone.stages(both), grid)
+        return ((plain + mirrored.flip(1)) / 2).sigmoid()
 
     def refine(self, image_id: str, image: Image.Image, seed: SeedRecord) -> SeedRecord:  # noqa: D102 - inherited
         if not len(seed.keys):
