@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from lpcam.errors import InputError
-from lpcam.seeds.masks import palette
+from lpcam.seeds.palette import palette
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

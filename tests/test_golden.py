@@ -10,11 +10,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from lpcam.functional import local_prototype_map, normalize_maps, prototype_directions
-from lpcam.prototypes.centers import Centers
+from lpcam.programs.build import settings
+from lpcam.prototypes.centers import Centers, Clustering
+from lpcam.prototypes.class_head import LinearHead
 from lpcam.prototypes.kmeans import spherical_kmeans
 from lpcam.prototypes.local_features import split_features
-from lpcam.prototypes.selection import select, select_prototypes
-from lpcam.stages.callbacks import LPCAMCallback, MapHead
+from lpcam.prototypes.maps import HostViews, MapMaker, MapSetting, lpcam_setting
+from lpcam.prototypes.selection import Selection, select, select_prototypes
+from lpcam.stages.maps import Inference
 from tests.conftest import ROOT
 from tests.oracles.interpolation import top_left
 from tests.oracles.prototypes import class_probability, split
@@ -105,28 +108,33 @@ def test_recipe_code_end_to_end(
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("infer", ["recipe=code", "dataset=voc"])
-    assert cfg.prototypes.split == "multi_scale"
+    clustering = settings(Clustering, cfg.prototypes, cfg.thresholds)
+    inference = settings(Inference, cfg.inference)
+    assert clustering.split == "multi_scale"
     weight, labels = (torch.from_numpy(published[name]) for name in ("weight", "labels"))
+    head = LinearHead(weight)
     k = int(published["K"])
     centers = torch.zeros(len(weight), 2, k, weight.shape[1])
     for class_index in range(3):
 
-        def read_cam(index: int, class_index: int = class_index) -> np.ndarray:
+        def read_map(index: int, class_index: int = class_index) -> np.ndarray:
             place = int(labels[index, :class_index].sum())
             return top_left(published[f"cam_high_res_{index}"][place], (7, 9))
 
         sides = split_features(
             lambda index: published["single_features"][index].transpose(1, 2, 0),
             labels[:, class_index].nonzero()[:, 0].tolist(),
-            weight[class_index],
+            head,
+            class_index,
             float(published["tau"]),
-            read_cam=read_cam,
+            read_map=read_map,
+            strict=clustering.split == "multi_scale",
         )
         for side, features in enumerate(sides):
             run = 2 * class_index + side
             init = features.rows[torch.from_numpy(published[f"kmeans{run}_init_index"])]
             found = spherical_kmeans(
-                features.rows, k, init=init, tol=1e-4, max_iter=cfg.prototypes.max_iter
+                features.rows, k, init=init, tol=1e-4, max_iter=clustering.max_iter
             )
             np.testing.assert_array_equal(found.labels.numpy(), published[f"kmeans{run}_labels"])
             centers[class_index, side] = found.centers
@@ -134,25 +142,28 @@ def test_recipe_code_end_to_end(
     counts = centers.any(-1).long()
     chosen = select(
         Centers(centers, counts, torch.full((*counts.shape, 6, 3), -1, dtype=torch.int32)),
-        weight,
+        head,
         [str(c) for c in range(len(weight))],
-        class_minimum=float(published["mu_f"]),
-        context_maximum=float(published["mu_b"]),
-        context_minimum=float(published["context_floor"]),
-        fallback=cfg.prototypes.fallback,
+        Selection(
+            class_score=float(published["mu_f"]),
+            context_score=float(published["mu_b"]),
+            context_floor=float(published["context_floor"]),
+            fallback=cfg.prototypes.fallback,
+        ),
     )
     for class_index in range(3):
-        for name, own in (("class", chosen.own), ("context", chosen.context)):
+        for name, kept in (("class", chosen.foreground), ("context", chosen.context)):
             expected = published[f"{name}_prototypes_{class_index}"]
-            assert expected.shape == own[class_index].shape
-            np.testing.assert_allclose(own[class_index].numpy(), expected, rtol=0, atol=1e-5)
+            assert expected.shape == kept[class_index].shape
+            np.testing.assert_allclose(kept[class_index].numpy(), expected, rtol=0, atol=1e-5)
 
-    assert cfg.inference.flip
-    assert len(cfg.inference.scales) == SCALES
+    assert inference.flip
+    assert len(inference.scales) == SCALES
     views = [torch.from_numpy(published[f"views_scale{scale}"]) for scale in range(SCALES)]
-    features = [torch.stack([own, mirrored.flip(-1)])[:, None] for own, mirrored in views]
+    features = [torch.stack([plain, mirrored.flip(-1)]) for plain, mirrored in views]
+    scales = [HostViews(v[:, None], head.own_maps(v)[:, None]) for v in features]
     wanted = torch.zeros(1, len(weight), dtype=torch.bool)
     wanted[0, published["keys"]] = True
-    heads = [MapHead(Path(), None), MapHead(Path(), chosen.directions(cfg.prototypes.use))]
-    maps = LPCAMCallback(weight, heads, eps=cfg.inference.eps).maps(features, wanted, (100, 140))
-    np.testing.assert_allclose(maps[1].numpy(), published["lpcam_stride4"], rtol=0, atol=2e-6)
+    maker = MapMaker([MapSetting(), lpcam_setting(chosen, cfg.prototypes.use)], eps=inference.eps)
+    _, lpcam = maker(scales, wanted, (100, 140))
+    np.testing.assert_allclose(lpcam.numpy(), published["lpcam_stride4"], rtol=0, atol=2e-6)

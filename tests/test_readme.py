@@ -69,6 +69,6 @@ def test_api_pages_are_made_without_a_warning(tmp_path: Path) -> None:
     for module in modules:
         page = (tmp_path / (module.replace(".", "/") + ".html")).read_text()
         assert not re.search(r":(class|func|meth|attr):`", page)
-    explainer = (tmp_path / "lpcam" / "explainer.html").read_text()
-    assert 'href="prototype_set.html#Prototypes' in explainer
+    explainer = (tmp_path / "lpcam" / "explain" / "explainer.html").read_text()
+    assert 'href="../prototypes/prototype_set.html#Prototypes' in explainer
     assert "Upper bound on its iterations" in explainer

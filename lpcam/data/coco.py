@@ -2,17 +2,18 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pydantic
 from rich.console import Console
 
-from lpcam.data.dataset import IGNORED, Picture, SegmentationDataset
+from lpcam.data.dataset import IGNORED, Classes, Picture, SegmentationDataset
 from lpcam.data.files import abbreviate, check_name, missing_files
 from lpcam.errors import InputError
+from lpcam.settings import CHECKED, Text
 from lpcam.storage.hashing import digest
 from lpcam.storage.ranks import is_main_process
 
@@ -30,8 +31,6 @@ CLASSES = (
 )  # fmt: skip
 # COCO's own ids of these 80: ten of the first 90 were never annotated.
 CATEGORY_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
-CROWD = ("background", "ignore", "foreground")
-UNLABELLED = ("keep", "drop")
 
 
 @dataclass(frozen=True)
@@ -64,28 +63,20 @@ class COCO(SegmentationDataset):
             object like any other.
         unlabelled: Whether to ``keep`` or to ``drop`` pictures without any label.
         **splits: See :class:`~lpcam.data.dataset.SegmentationDataset`.
-
-    Raises:
-        InputError: A setting has a value that it cannot have.
     """
 
+    @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
-        root: str | Path,
-        classes: Sequence[str] = CLASSES,
+        root: Text | Path,
+        classes: Classes = CLASSES,
         *,
-        year: int = 2014,
-        crowd: str = "background",
-        unlabelled: str = "keep",
+        year: Literal[2014, 2017] = 2014,
+        crowd: Literal["background", "ignore", "foreground"] = "background",
+        unlabelled: Literal["keep", "drop"] = "keep",
         **splits: Any,
     ) -> None:
-        super().__init__(root, classes, **splits)
-        if crowd not in CROWD:
-            raise InputError(f"dataset.crowd: {crowd!r}; choose from {', '.join(CROWD)}")
-        if unlabelled not in UNLABELLED:
-            raise InputError(
-                f"dataset.unlabelled: {unlabelled!r}; choose from {', '.join(UNLABELLED)}"
-            )
+        super().__init__(root=root, classes=classes, **splits)
         self.year = year
         self.crowd = crowd
         self.unlabelled = unlabelled

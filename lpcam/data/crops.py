@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
@@ -72,11 +73,18 @@ class RandomCrop:
         self.mean = mean
         self.std = std
         self.scale = scale
+        self.side = crop
         self.crop = v2.Compose([_CellCrop(crop, cell), v2.RandomHorizontalFlip()])
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Crop one RGB picture: ``(3, crop, crop)``."""
         return self.crop(self._picture(image, self.scale(image.size))).as_subclass(Tensor)
+
+    def whole(self, image: Image.Image) -> Tensor:
+        """The whole of one RGB picture in the square: no chance decides, for validation."""
+        picture = self._picture(image, self.side / max(image.size))
+        height, width = picture.shape[1:]
+        return F.pad(picture.as_subclass(Tensor), (0, self.side - width, 0, self.side - height))
 
     def both(self, image: Image.Image, labels: Image.Image) -> tuple[Tensor, Tensor]:
         """Crop a picture ``(3, crop, crop)`` and its labels ``(crop, crop)`` int64."""

@@ -9,19 +9,21 @@ decides where they stand.
 import functools
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic
 from filelock import FileLock
 from PIL import Image, ImageFilter
+from pydantic import Field
 from rich.console import Console
 
 from lpcam.data.compose import Sprite
 from lpcam.data.dataset import open_image
 from lpcam.data.debian import fetch
-from lpcam.data.voc_tree import GeneratedVOC, check_range
+from lpcam.data.voc_tree import GeneratedVOC, Pictures, Sides, Span
+from lpcam.settings import CHECKED, Pair, Share, Text
 from lpcam.storage.hashing import digest, file_digest
 
 LISTED = json.loads(Path(__file__).with_name("photo_cutouts.json").read_text())
@@ -49,26 +51,24 @@ class Cutouts(GeneratedVOC):
         brightness: Range of the factor on an object's brightness.
         background_zoom: Range of the background crop's size, relative to the largest that fits.
         **shared: See :class:`~lpcam.data.voc_tree.GeneratedVOC`.
-
-    Raises:
-        InputError: A setting is outside its range.
     """
 
+    @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
-        root: str | Path,
+        root: Text | Path,
         *,
-        train: int = 300,
-        val: int = 100,
-        sizes: Sequence[int] = (256, 288, 320),
-        train_share: float = 0.7,
-        brightness: Sequence[float] = (0.85, 1.15),
-        background_zoom: Sequence[float] = (0.6, 1.0),
+        train: Pictures = 300,
+        val: Pictures = 100,
+        sizes: Sides = (256, 288, 320),
+        train_share: Share = 0.7,
+        brightness: Pair[Annotated[float, Field(ge=0, le=2)]] = (0.85, 1.15),
+        background_zoom: Pair[Span] = (0.6, 1.0),
         **shared: Any,
     ) -> None:
-        self.train_share = check_range("train_share", [train_share], 0, 1)[0]
-        self.brightness = check_range("brightness", brightness, 0, 2)
-        self.background_zoom = check_range("background_zoom", background_zoom, 0.05, 1)
+        self.train_share = train_share
+        self.brightness = brightness
+        self.background_zoom = background_zoom
         material = {
             "version": VERSION,
             "listed": digest(LISTED),
@@ -77,8 +77,8 @@ class Cutouts(GeneratedVOC):
             "background_zoom": list(self.background_zoom),
         }
         super().__init__(
-            root,
-            tuple(LISTED["classes"]),
+            root=root,
+            classes=tuple(LISTED["classes"]),
             material=material,
             train=train,
             val=val,

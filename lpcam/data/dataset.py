@@ -6,15 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import pydantic
+from PIL import ExifTags, Image, UnidentifiedImageError
+from pydantic import Field
 
 from lpcam.errors import InputError
+from lpcam.settings import CHECKED, Names, Text
 from lpcam.storage.hashing import file_digest
 
 IGNORED = 255
+Classes = Annotated[Names, Field(min_length=2, max_length=IGNORED - 1)]
 
 
 @dataclass(frozen=True)
@@ -40,22 +44,24 @@ class SegmentationDataset(ABC):
 
     Args:
         root: The data set's folder.
-        classes: Class names; a class's index is its place here, its mask value that plus one.
+        classes: Class names, at least two, for prototypes are chosen by comparing classes; a
+            class's index is its place here, its mask value that plus one.
         train_split: The split the classifier learns from.
         val_split: The split that its accuracy is measured on.
         prototype_split: The split whose local features are clustered.
         map_splits: The splits for which maps are made and scored.
     """
 
+    @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
-        root: str | Path,
-        classes: Sequence[str],
+        root: Text | Path,
+        classes: Classes,
         *,
-        train_split: str = "train",
-        val_split: str = "val",
-        prototype_split: str = "train",
-        map_splits: Sequence[str] = ("train", "val"),
+        train_split: Text = "train",
+        val_split: Text = "val",
+        prototype_split: Text = "train",
+        map_splits: Names = ("train", "val"),
     ) -> None:
         self.root = Path(root).expanduser()
         self.classes = tuple(classes)
@@ -150,6 +156,14 @@ def open_picture(path: Path | IO[bytes]) -> Image.Image:
     if image.mode[0] in "IF":
         raise InputError(f"{path}: picture of mode {image.mode}; convert it to 8 bits a channel")
     return image.convert("RGB")
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether the EXIF data of a picture ask for it to be turned or mirrored."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1)) != 1
+    except Exception:  # damaged ones end in errors of all kinds
+        return False
 
 
 def fingerprint(pictures: Sequence[Picture]) -> str:

@@ -5,9 +5,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from lpcam.data.dataset import IGNORED, Picture, SegmentationDataset
 from lpcam.data.files import abbreviate, check_name, file_names, missing_files, read_lines
 from lpcam.errors import InputError
+from lpcam.settings import CHECKED, Text
 
 HEADER = ["id", "split", "labels"]
 SPLITS = ("train", "val")
@@ -32,9 +35,10 @@ class Folder(SegmentationDataset):
         InputError: ``classes.txt`` is missing or wrong.
     """
 
-    def __init__(self, root: str | Path, **splits: Any) -> None:
+    @pydantic.validate_call(config=CHECKED)
+    def __init__(self, root: Text | Path, **splits: Any) -> None:
         path = Path(root).expanduser() / "classes.txt"
-        super().__init__(root, _read_classes(path), **splits)
+        super().__init__(root=root, classes=_read_classes(path), **splits)
 
     def pictures(self, split: str) -> list[Picture]:  # noqa: D102 - inherited
         table = self.root / "labels.csv"
@@ -129,6 +133,6 @@ def _read_classes(path: Path) -> list[str]:
             )
         if name in names[: number - 1]:
             raise InputError(f"{path} line {number}: {name} is listed already; remove one")
-    if not 1 <= len(names) < IGNORED:
-        raise InputError(f"{path}: {len(names)} classes; give 1 to {IGNORED - 1}")
+    if not 2 <= len(names) < IGNORED:
+        raise InputError(f"{path}: {len(names)} classes; give 2 to {IGNORED - 1}")
     return names

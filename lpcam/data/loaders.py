@@ -2,15 +2,15 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lpcam.data.crops import RandomCrop
 from lpcam.data.dataset import Picture, multi_hot, open_image, open_picture
 from lpcam.data.transforms import normalize, rescale
 
@@ -121,7 +121,10 @@ def start_method(num_workers: int) -> str | None:
 
 class _TrainPictures(Dataset[tuple[Tensor, Tensor]]):
     def __init__(
-        self, pictures: Sequence[Picture], num_classes: int, transform: RandomCrop
+        self,
+        pictures: Sequence[Picture],
+        num_classes: int,
+        transform: Callable[[Image.Image], Tensor],
     ) -> None:
         self.pictures = pictures
         self.labels = torch.from_numpy(multi_hot(pictures, num_classes))
@@ -137,7 +140,7 @@ class _TrainPictures(Dataset[tuple[Tensor, Tensor]]):
 def train_loader(
     pictures: Sequence[Picture],
     num_classes: int,
-    transform: RandomCrop,
+    transform: Callable[[Image.Image], Tensor],
     *,
     batch_size: int,
     shuffle: bool = True,

@@ -6,13 +6,16 @@ body a map covers can be measured, because every pixel's part is known.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic
 from PIL import Image
+from pydantic import Field
 
 from lpcam.data.compose import Sprite
-from lpcam.data.voc_tree import GeneratedVOC, check_range
+from lpcam.data.voc_tree import GeneratedVOC, Pictures, Sides
+from lpcam.settings import CHECKED, Text
 
 # Raise it when the same settings give other pictures.
 VERSION = 1
@@ -55,25 +58,28 @@ class Shapes(GeneratedVOC):
         sizes: Pixels; a picture's height and width are each drawn from these.
         tilt: Degrees; a creature leans by up to so much either way.
         **shared: See :class:`~lpcam.data.voc_tree.GeneratedVOC`.
-
-    Raises:
-        InputError: A setting is outside its range.
     """
 
+    @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
-        root: str | Path,
+        root: Text | Path,
         *,
-        train: int = 60,
-        val: int = 30,
-        sizes: Sequence[int] = (96, 112, 128),
-        tilt: float = 20,
+        train: Pictures = 60,
+        val: Pictures = 30,
+        sizes: Sides = (96, 112, 128),
+        tilt: Annotated[float, Field(ge=0, le=90)] = 20.0,
         **shared: Any,
     ) -> None:
-        self.tilt = check_range("tilt", [tilt], 0, 90)[0]
-        material = {"version": VERSION, "tilt": tilt}
+        self.tilt = tilt
         super().__init__(
-            root, CLASSES, material=material, train=train, val=val, sizes=sizes, **shared
+            root=root,
+            classes=CLASSES,
+            material={"version": VERSION, "tilt": tilt},
+            train=train,
+            val=val,
+            sizes=sizes,
+            **shared,
         )
 
     def _collect(self) -> dict[str, Any]:

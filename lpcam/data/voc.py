@@ -2,13 +2,15 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lpcam.data.dataset import Picture, SegmentationDataset
+import pydantic
+
+from lpcam.data.dataset import Classes, Picture, SegmentationDataset
 from lpcam.data.files import check_name, file_names, missing_files, read_lines
 from lpcam.errors import InputError
+from lpcam.settings import CHECKED, Text
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -35,16 +37,17 @@ class VOC(SegmentationDataset):
         **splits: See :class:`~lpcam.data.dataset.SegmentationDataset`.
     """
 
+    @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
-        root: str | Path,
-        classes: Sequence[str] = CLASSES,
+        root: Text | Path,
+        classes: Classes = CLASSES,
         *,
         difficult: bool = True,
-        train_aug_list: str | Path | None = None,
+        train_aug_list: Text | Path | None = None,
         **splits: Any,
     ) -> None:
-        super().__init__(root, classes, **splits)
+        super().__init__(root=root, classes=classes, **splits)
         self.difficult = difficult
         self.train_aug_list = train_aug_list
         # A split of train_aug's size has 10,582 annotation files: read them once.

@@ -6,23 +6,30 @@ import shutil
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pydantic
 from filelock import FileLock
 from PIL import Image
+from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 
 from lpcam.data.compose import Sample, Sprite, compose
+from lpcam.data.dataset import Classes
 from lpcam.data.voc import VOC
 from lpcam.errors import InputError
-from lpcam.seeds.masks import save_mask
+from lpcam.seeds.palette import save_mask
+from lpcam.settings import CHECKED, Pair, Seed, Share, Text
 from lpcam.storage.files import write_json
 from lpcam.storage.hashing import digest
 
 SPLITS = ("train", "val")
+Pictures = Annotated[int, Field(ge=1, le=10**6)]
+Sides = Annotated[Sequence[Annotated[int, Field(ge=32, le=4096)]], Field(min_length=1)]
+Span = Annotated[float, Field(ge=0.05, le=1)]
 
 
 class GeneratedVOC(VOC):
@@ -51,40 +58,34 @@ class GeneratedVOC(VOC):
         **splits: See :class:`~lpcam.data.dataset.SegmentationDataset`.
 
     Raises:
-        InputError: A setting is outside its range.
+        InputError: A split is neither train nor val.
     """
 
+    @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
-        root: str | Path,
-        classes: Sequence[str],
+        root: Text | Path,
+        classes: Classes,
         *,
         material: Mapping[str, Any],
-        seed: int = 0,
-        train: int,
-        val: int,
-        sizes: Sequence[int],
-        pair_probability: float = 0.5,
-        single_span: Sequence[float] = (0.65, 1.0),
-        pair_span: Sequence[float] = (0.45, 0.65),
-        min_visible: float = 0.7,
-        context_probability: float = 0.7,
-        jpeg_quality: int = 95,
+        seed: Seed = 0,
+        train: Pictures,
+        val: Pictures,
+        sizes: Sides,
+        pair_probability: Share = 0.5,
+        single_span: Pair[Span] = (0.65, 1.0),
+        pair_span: Pair[Span] = (0.45, 0.65),
+        min_visible: Annotated[float, Field(ge=0.01, le=1)] = 0.7,
+        context_probability: Share = 0.7,
+        jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95,
         **splits: Any,
     ) -> None:
-        check_range("seed", [seed], 0, 2**32 - 1)
-        check_range("train and val", sorted([train, val]), 1, 10**6)
-        check_range("sizes", sorted(sizes), 32, 4096)
-        check_range("pair_probability", [pair_probability], 0, 1)
-        check_range("min_visible", [min_visible], 0.01, 1)
-        check_range("context_probability", [context_probability], 0, 1)
-        check_range("jpeg_quality", [jpeg_quality], 1, 100)
         self.seed = seed
         self.counts = {"train": train, "val": val}
         self.sizes = list(sizes)
         self.pair_probability = pair_probability
-        self.single_span = check_range("single_span", single_span, 0.05, 1)
-        self.pair_span = check_range("pair_span", pair_span, 0.05, 1)
+        self.single_span = single_span
+        self.pair_span = pair_span
         self.min_visible = min_visible
         self.context_probability = context_probability
         self.jpeg_quality = jpeg_quality
@@ -101,7 +102,10 @@ class GeneratedVOC(VOC):
             "jpeg_quality": jpeg_quality,
         }
         folder = f"seed{seed}-{digest(self.settings)[:8]}"
-        super().__init__(Path(root) / folder, classes, **splits)
+        super().__init__(root=Path(root) / folder, classes=classes, **splits)
+        for split in self.used_splits:
+            if split not in SPLITS:
+                raise InputError(f"dataset: no split {split!r}; choose from {', '.join(SPLITS)}")
 
     @abstractmethod
     def _collect(self) -> dict[str, Any]:
@@ -224,19 +228,6 @@ class GeneratedVOC(VOC):
             box = ElementTree.SubElement(item, "bndbox")
             _append(box, {"xmin": left + 1, "ymin": top + 1, "xmax": right, "ymax": bottom})
         return annotation
-
-
-def check_range(name: str, values: Sequence[float], low: float, high: float) -> tuple[float, float]:
-    """Give back the first and the last of some values, which must ascend within bounds.
-
-    Raises:
-        InputError: They do not.
-    """
-    if not values or sorted(values) != list(values) or values[0] < low or values[-1] > high:
-        raise InputError(
-            f"dataset.{name}: {list(values)}; give values from {low} to {high}, smaller first"
-        )
-    return values[0], values[-1]
 
 
 def _append(parent: ElementTree.Element, texts: Mapping[str, str | int]) -> None:

@@ -5,12 +5,12 @@ Which class that is does not depend on t, so counting the pixels by (true label,
 number of thresholds below its score) holds the confusion matrices of all thresholds at once.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lpcam.errors import InputError
@@ -36,8 +36,13 @@ class SegmentationScore:
         self._thresholds = np.arange(bins + 1) / bins
 
     def update(self, maps: Tensor, classes: Sequence[int] | np.ndarray, mask: np.ndarray) -> None:
-        """Add the pixels of one picture; see :meth:`count`."""
-        self.histogram += self.count(maps, classes, mask)
+        """Count the pixels of one picture and add them; arguments as for :meth:`count`."""
+        self.add(self.count(maps, classes, mask), classes)
+
+    def add(self, counts: np.ndarray, classes: Sequence[int] | np.ndarray) -> None:
+        """Add what :meth:`count` gave for a picture of these classes."""
+        # Without classes all is background, whichever class it is booked under.
+        self.histogram[:, list(classes) or [0]] += counts
 
     def count(
         self, maps: Tensor, classes: Sequence[int] | np.ndarray, mask: np.ndarray
@@ -46,11 +51,13 @@ class SegmentationScore:
 
         Args:
             maps: Maps ``(L, H, W)`` in 0..1 of the classes that the image label names.
-            classes: Their class indices ``(L,)``. Without any, all is predicted background.
+            classes: Their class indices ``(L,)``, each once. Without any, all is predicted
+                background.
             mask: True labels ``(H, W)`` uint8: 0 background, class index + 1, 255 ignored.
 
         Returns:
-            Counts of the shape of ``histogram``.
+            Counts ``(C + 1, max(L, 1), bins + 2)`` by true label, place among the classes and the
+            number of thresholds below the score.
 
         Raises:
             InputError: Sizes differ, a class or label is out of range, or a map holds NaN. The
@@ -74,24 +81,27 @@ class SegmentationScore:
                 f"the mask holds label {truth.max()}, but there are {num_classes} classes; "
                 "mark unknown pixels 255"
             )
-        strongest, level = self._predict(maps, classes)
-        index = (truth * num_classes + strongest[known]) * levels + level[known]
-        counts = np.bincount(index, minlength=self.histogram.size)
-        return counts.reshape(self.histogram.shape)
+        shape = (num_classes + 1, max(len(classes), 1), levels)
+        index = truth * (shape[1] * levels)
+        if len(classes):
+            score, best = maps.float().max(0)
+            index += (best * levels + self._level(score).long()).numpy()[known]
+        return np.bincount(index, minlength=math.prod(shape)).reshape(shape)
 
-    def _predict(
-        self, maps: Tensor, classes: Sequence[int] | np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        if not len(classes):
-            empty = np.zeros(maps.shape[1:], np.int64)
-            return empty, empty
-        score, best = maps.float().max(0)
-        if score.isnan().any():
+    def _level(self, score: Tensor) -> Tensor:
+        """How many thresholds are below each score: a guess, mended where rounding made it wrong.
+
+        Thresholds lie evenly, so this is faster than a search among them.
+        """
+        if score.numel() and score.max().isnan():
             raise InputError(
                 "the maps hold NaN; make them again from a model that has not diverged"
             )
-        thresholds = torch.from_numpy(self._thresholds).float()
-        return np.asarray(classes)[best.numpy()], torch.bucketize(score, thresholds).numpy()
+        bins = len(self._thresholds) - 1
+        level = (score * bins).ceil().clamp(0, bins + 1)
+        level -= ((level - 1) / bins >= score).float()
+        level += (level / bins < score).float()
+        return level.clamp(0, bins + 1)
 
     def compute(self) -> "SegmentationResult":
         """Score all pixels counted so far.

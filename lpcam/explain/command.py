@@ -174,7 +174,7 @@ def choose(cam: "LPCAM", images: "Tensor", names: Sequence[str], top: int) -> "T
         Multi-hot ``(1, C)``.
 
     Raises:
-        InputError: A name is unknown.
+        InputError: A name is unknown, or no class has prototypes.
     """
     import torch
 
@@ -184,6 +184,8 @@ def choose(cam: "LPCAM", images: "Tensor", names: Sequence[str], top: int) -> "T
     if names:
         shown[0, [cam.prototypes.class_index(name) for name in names]] = 1
         return shown
+    if not cam.head.fitted:
+        raise InputError("prototypes: none of any class; fit to pictures that show one")
     with evaluating(cam.model):
         scores = cam.model(images.to(cam.layers.classifier.weight))[0].cpu()
     fitted = torch.tensor(cam.head.fitted)

@@ -24,13 +24,18 @@ from lpcam.prototypes.selection import Selection, fit_prototypes
 from lpcam.settings import make
 from lpcam.storage.hashing import tensors_digest
 
+# Bytes that the maps of one call may take at the pictures' size, with what adding scales needs.
+MAX_BYTES = 8 * 10**9
+
 
 class LPCAM:
     """Local-prototype class activation maps of a trained classifier.
 
     The classifier's score has to be a linear layer on the mean of local features, as in ResNet,
-    ConvNeXt, EfficientNet, RegNet, Swin, or a ViT that averages its patch tokens. The bias of that
-    layer counts nowhere: not in CAM, and not in ``softmax(centre . w)`` that selects prototypes.
+    ConvNeXt, EfficientNet, RegNet, Swin, or a ViT that averages its patch tokens. Of a ViT that
+    classifies by its class token the patch tokens are taken all the same, and a warning says that
+    the maps are an approximation. The bias of that layer counts nowhere: not in CAM, and not in
+    ``softmax(centre . w)`` that selects prototypes.
 
     The model is only read. Hooks live only inside a call, after which every module has its own
     training mode back. Pictures are moved to the model's device; maps stay there.
@@ -249,7 +254,8 @@ class LPCAM:
             ``(B, C, H, W)`` in 0..1; zero for a class that is not asked for, or not fitted.
 
         Raises:
-            InputError: Nothing is fitted, or an argument has a wrong shape or value.
+            InputError: Nothing is fitted, an argument has a wrong shape or value, or the maps would
+                take more than 8 GB.
         """
         return self._maps(images, labels, views, [self._lpcam(aggregate)])[0]
 
@@ -265,6 +271,9 @@ class LPCAM:
 
         Returns:
             Both ``(B, C, H, W)`` in 0..1. CAM also has maps of asked classes that are not fitted.
+
+        Raises:
+            InputError: As in a call; both maps count.
         """
         heads = [self._lpcam(aggregate), self._cam]
         lpcam, cam = self._maps(images, labels, views, heads)
@@ -326,17 +335,30 @@ class LPCAM:
             asked[:, self.head.fitted] = True
         else:
             asked = self._multi_hot(labels, len(images))
+        views = list(views)
+        # Those of all classes are returned. Those asked for exist twice a scale while scales are
+        # added, and three times while they are normalised.
+        scales = len({scale for scale, _ in views})
+        count = len(heads) * asked.numel() + int(asked.sum()) * (2 * scales + 1)
+        size = weight.element_size() * count * images.shape[2] * images.shape[3]
+        if size > MAX_BYTES:
+            shape = " x ".join(str(side) for side in (*asked.shape, *images.shape[2:]))
+            raise InputError(
+                f"images: maps of {shape} (pictures, classes, height, width) take "
+                f"{size / 1e9:.1f} GB of memory, the bound is {MAX_BYTES / 1e9:g}; give fewer "
+                "pictures a call, smaller ones (--side), or a model with fewer classes"
+            )
         asked = asked.to(weight.device)
         maps = [weight.new_zeros(*asked.shape, *images.shape[2:]) for _ in heads]
         present = asked.any(0).nonzero()[:, 0]
         if not len(present):
             return maps
-        scales: list[list[Tensor]] = [[] for _ in heads]
+        by_scale: list[list[Tensor]] = [[] for _ in heads]
         for features in view_features(self.features, images, views):
             with torch.autocast(weight.device.type, enabled=False):
-                for head, found in zip(heads, scales, strict=True):
+                for head, found in zip(heads, by_scale, strict=True):
                     found.append(head(features, present)[asked[:, present]])
-        for full, found in zip(maps, scales, strict=True):
+        for full, found in zip(maps, by_scale, strict=True):
             full[asked] = normalize_maps(merge_scales(found, (images.shape[2], images.shape[3])))
         return maps
 

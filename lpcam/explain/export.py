@@ -16,7 +16,8 @@ from lpcam.errors import InputError
 from lpcam.explain.explainer import LPCAM
 from lpcam.explain.feature_layers import evaluating
 from lpcam.functional import normalize_maps
-from lpcam.seeds.masks import save_mask, seed_mask
+from lpcam.seeds.masks import seed_mask
+from lpcam.seeds.palette import save_mask
 from lpcam.storage.files import write_atomically
 
 

@@ -3,7 +3,8 @@
 LPCAM needs a score that is linear in the mean of local features. The model is run once, and the
 layers are found by comparing numbers instead of names of architectures: the classifier is the
 linear layer whose output is the model's, the feature layer is the last one whose mean over
-positions is the classifier's input.
+positions is the classifier's input. A transformer that classifies by its class token has no such
+layer; there the patch tokens beside it are taken, which only approximates the score.
 """
 
 import itertools
@@ -176,11 +177,13 @@ def find_feature_layers(
 
     Args:
         model: Any classifier whose score is a linear layer on the mean of local features. A
-            functional ReLU may lie before the mean, a LayerNorm after it.
+            functional ReLU may lie before the mean, a LayerNorm after it. Of a transformer whose
+            classifier reads the class token, the patch tokens of the last layer that gives both are
+            taken, and a warning says that this is an approximation.
         example: Pictures to run it on ``(B, 3, H, W)``.
         target_layer: The layer, or its dotted name, instead of the one that is found. It may be one
-            whose mean is *not* the classifier's input, such as the last norm of a transformer that
-            classifies by its class token. Then a warning says that this is an approximation.
+            whose mean is *not* the classifier's input; then too a warning says that this is an
+            approximation.
         classifier: The linear layer, or its dotted name, instead of the one that is found.
 
     Raises:
@@ -204,9 +207,25 @@ def find_feature_layers(
             for (layout, rectified), mean in call.output.means.items():
                 if layout != "BD" and _same(mean, taker.input.vector):
                     return call.layers(layout, rectified, head, norm)
-    if layer is not None:
-        return _approximate(candidates, names[layer], head)
-    raise InputError(_reason(calls, head))
+    # Without a token before those of the patches, the first one is a patch's.
+    beside = [
+        call
+        for call in candidates
+        if call.output.prefix and _same(call.output.first_token, head.input.vector)
+    ]
+    if layer is None and not beside:
+        raise InputError(
+            f"classifier={head.name}: no layer's mean over positions is its input (other pooling, "
+            "layers in between, or pictures of one position?); pass target_layer= to take one "
+            "anyway"
+        )
+    name = beside[-1].name if layer is None else names[layer]
+    difference = (
+        f"the classifier {head.name} reads the class token beside its patch tokens"
+        if beside
+        else f"its mean is not what the classifier {head.name} scores"
+    )
+    return _approximate(beside or candidates, name, head, difference)
 
 
 def _named(
@@ -279,6 +298,8 @@ def _find_classifier(
     else:
         linear = [call for call in calls if isinstance(call.module, nn.Linear | nn.Conv2d)]
         found = [call for call in linear if _same(call.output.vector, scores)]
+        if not found and scores is not None:
+            _refuse_averaged_heads(linear, scores)
     if not found:
         raise InputError(
             "classifier: no linear layer's output is the model's output (no head, several, or "
@@ -303,36 +324,33 @@ def _find_classifier(
     return head
 
 
-def _approximate(candidates: Sequence[_Call], name: str, head: _Call) -> FeatureLayers:
-    """The layer that the user insists on, although its mean is not the classifier's input."""
+def _refuse_averaged_heads(linear: Sequence[_Call], scores: Tensor) -> None:
+    """Say so where the scores are the mean of several linear layers', as of distilled DeiTs."""
+    vectors = {call.name: call.output.vector for call in linear}
+    heads = {name: v for name, v in vectors.items() if v is not None and v.shape == scores.shape}
+    if len(heads) > 1 and _same(torch.stack(list(heads.values())).mean(0), scores):
+        raise InputError(
+            f"classifier: the model's output is the mean of those of {' and '.join(heads)}, and "
+            f"LPCAM reads one; pass classifier='{next(iter(heads))}' to map with that one alone"
+        )
+
+
+def _approximate(
+    candidates: Sequence[_Call], name: str, head: _Call, difference: str
+) -> FeatureLayers:
+    """The last call of a layer, although its mean is not the classifier's input."""
     dim = head.module.weight.shape[1]
     for call in candidates[-1:]:
         for (layout, rectified), mean in call.output.means.items():
             if layout != "BD" and mean.shape[1] == dim:
                 warnings.warn(
-                    f"target_layer={name}: its mean is not what the classifier {head.name} scores; "
-                    "maps are an approximation",
+                    f"target_layer={name}: {difference}; maps are an approximation",
                     stacklevel=4,
                 )
                 return call.layers(layout, rectified, head, None)
     raise InputError(
         f"target_layer={name}: no local features of {dim} channels, which the classifier "
         f"{head.name} takes; give a layer that has them"
-    )
-
-
-def _reason(calls: Sequence[_Call], head: _Call) -> str:
-    """Why no feature layer was found."""
-    for call in reversed(calls):
-        if _same(call.output.first_token, head.input.vector):
-            return (
-                f"classifier={head.name}: reads the class token, not the mean of local features; "
-                f"build the model with global_pool='avg', or pass target_layer='{call.name}' to "
-                "score the patch tokens with it, an approximation"
-            )
-    return (
-        f"classifier={head.name}: no layer's mean over positions is its input (other pooling, "
-        "layers in between, or pictures of one position?); pass target_layer= to take one anyway"
     )
 
 

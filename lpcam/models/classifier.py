@@ -1,17 +1,19 @@
 """The multi-label classifier, the host of the paper's main results."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import pydantic
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
 
-from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
 from lpcam.models.host import Host
 from lpcam.models.training import polynomial
 from lpcam.prototypes.class_head import LinearHead
+from lpcam.settings import CHECKED, Rate, Share
 from lpcam.storage.hashing import tensors_digest
 
 
@@ -36,24 +38,23 @@ class Classifier(Host):
         freeze_stem: Keep the backbone's first convolution and its BatchNorm.
     """
 
+    @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
         backbone: Backbone,
-        num_classes: int,
+        num_classes: Annotated[int, Field(ge=2)],
         *,
-        optimizer: str = "sgd",
-        lr: float = 0.1,
-        head_lr_factor: float = 10.0,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        poly_power: float = 0.9,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        lr: Rate = 0.1,
+        head_lr_factor: Rate = 10.0,
+        momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9,
+        weight_decay: Share = 1e-4,
+        poly_power: Annotated[float, Field(ge=0, le=10)] = 0.9,
         freeze_backbone: bool = False,
         freeze_stem: bool = False,
     ) -> None:
         super().__init__(backbone.requires_grad_(not freeze_backbone), num_classes)
         self.frozen = freeze_backbone
-        if optimizer not in ("sgd", "adamw"):
-            raise InputError(f"classifier.optimizer={optimizer}: unknown; choose sgd or adamw")
         # Plain values only: with a module among them a checkpoint could not be read back safely.
         self.save_hyperparameters(ignore=["backbone"])
         if freeze_stem:
@@ -79,7 +80,7 @@ class Classifier(Host):
         """Loss of one batch."""
         x, labels = batch
         loss = F.multilabel_soft_margin_loss(self(x), labels)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(x), sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -89,7 +90,7 @@ class Classifier(Host):
         self.average_precision.update(scores, labels.long())
         self.f1.update(scores, labels.long())
         loss = F.multilabel_soft_margin_loss(scores, labels)
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(x))
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(x), sync_dist=True)
         self.log("val/map", self.average_precision, prog_bar=True, batch_size=len(x))
         self.log("val/f1", self.f1, prog_bar=True, batch_size=len(x))
 

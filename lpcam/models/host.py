@@ -13,6 +13,7 @@ from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
 from lpcam.models.weights import load_state
 from lpcam.prototypes.maps import HostViews
+from lpcam.storage.hashing import digest
 
 
 class Host(pl.LightningModule):
@@ -32,6 +33,7 @@ class Host(pl.LightningModule):
         maps_from_features: Whether :meth:`own_maps` can tell the maps from stored features alone.
         finishes: Whether :meth:`finish` does anything; then LPCAM's maps need more than features.
         needs_gradients: Whether prediction differentiates.
+        precision: What the trainer runs it in; features differ by it.
         frozen: Whether only what lies behind the mean features is trained, so that training needs
             no pictures.
     """
@@ -40,6 +42,7 @@ class Host(pl.LightningModule):
     finishes = False
     needs_gradients = False
     frozen = False
+    precision = "32-true"
 
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__()
@@ -70,7 +73,7 @@ class Host(pl.LightningModule):
     @property
     def feature_key(self) -> str:
         """Hash of what decides the local features."""
-        return self.backbone.fingerprint
+        return digest([self.backbone.fingerprint, self.precision])
 
     @property
     def stride(self) -> int:

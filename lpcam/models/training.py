@@ -9,6 +9,8 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import PolynomialLR
 
+from lpcam.errors import InputError
+
 MakeTrainer = Callable[..., pl.Trainer]
 
 
@@ -28,17 +30,58 @@ def polynomial(module: pl.LightningModule, optimizer: Optimizer, power: float) -
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def per_process(batch_size: int, processes: int, key: str) -> int:
+    """What each process of a job contributes to a batch: a step sees as many pictures as with one.
+
+    Args:
+        batch_size: Pictures a step.
+        processes: How many share them.
+        key: What the user calls the batch size.
+
+    Raises:
+        InputError: They cannot share them evenly.
+    """
+    if batch_size % processes:
+        raise InputError(
+            f"{key}={batch_size}: cannot be shared by {processes} devices; give a multiple"
+        )
+    return batch_size // processes
+
+
+class _Diverged(Callback):
+    """Ends a training whose loss or weights are no numbers any more.
+
+    Args:
+        setting: What the user calls the learning rate.
+    """
+
+    def __init__(self, setting: str) -> None:
+        self.setting = setting
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *batch: Any
+    ) -> None:
+        finite = bool(outputs["loss"].isfinite())
+        if trainer.is_last_batch:  # what is validated and saved next
+            finite = finite and all(bool(w.isfinite().all()) for w in module.parameters())
+        if not trainer.strategy.reduce_boolean_decision(finite):
+            raise InputError(
+                f"{self.setting}: training diverged in epoch {trainer.current_epoch + 1}, its loss "
+                "or weights are no finite numbers; lower it"
+            )
+
+
 def fit(
     make_trainer: MakeTrainer,
     module: pl.LightningModule,
     folder: Path,
-    train: Any,
-    val: Any = None,
+    loaders: Callable[[int], tuple[Any, Any]],
     *,
     epochs: int,
     validate_every: int = 1,
     logger: Any = None,
     callbacks: tuple[Callback, ...] = (),
+    lr_setting: str = "classifier.lr",
 ) -> dict[str, float]:
     """Train a network, going on from the last checkpoint that a killed run left.
 
@@ -46,15 +89,19 @@ def fit(
         make_trainer: Makes Lightning's trainer.
         module: The network.
         folder: Where ``last.ckpt`` is, and goes.
-        train: Batches to learn from.
-        val: Batches to validate on, if any.
+        loaders: Makes the batches to learn from and those to validate on, or None, for one of so
+            many processes that share them.
         epochs: Passes over the batches.
         validate_every: Epochs between validations; a checkpoint is written after each.
         logger: Lightning loggers; None for none.
         callbacks: Further callbacks.
+        lr_setting: What the user calls the learning rate.
 
     Returns:
         Metrics of the last epoch.
+
+    Raises:
+        InputError: Training diverged. Its checkpoint is gone then.
     """
     checkpoint = ModelCheckpoint(
         folder, "last", enable_version_counter=False, every_n_epochs=validate_every
@@ -64,10 +111,15 @@ def fit(
         check_val_every_n_epoch=validate_every,
         num_sanity_val_steps=0,
         logger=logger or False,
-        callbacks=[checkpoint, *callbacks],
+        callbacks=[checkpoint, _Diverged(lr_setting), *callbacks],
     )
     last = folder / "last.ckpt"
     resume = str(last) if last.is_file() else None
-    trainer.fit(module, train, val, ckpt_path=resume, weights_only=True)
+    train, val = loaders(trainer.world_size)
+    try:
+        trainer.fit(module, train, val, ckpt_path=resume, weights_only=True)
+    except InputError:
+        last.unlink(missing_ok=True)  # nothing good can go on from there
+        raise
     trainer.save_checkpoint(last)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -2,41 +2,101 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import pydantic
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
+from pydantic import Field, ValidationError
 
 from lpcam.errors import InputError
+from lpcam.settings import CHECKED, Text, make, wrong_value
 
 ALLOWED_MODULES = ("lpcam", "pytorch_lightning")
 T = TypeVar("T")
 
 
-def build(node: DictConfig) -> Any:
+@pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
+class TrainerSettings:
+    """What Lightning takes without a look at it; the rest it checks itself.
+
+    Attributes:
+        devices: How many, which, or "auto".
+        precision: What is computed in.
+        enable_model_summary: Print the network's layers.
+        log_every_n_steps: Steps between what is logged.
+    """
+
+    devices: int | Text | tuple[int, ...] = 1
+    precision: int | Text = "32-true"
+    enable_model_summary: bool = False
+    log_every_n_steps: Annotated[int, Field(ge=1)] = 10
+
+
+def build(node: DictConfig, *arguments: Any) -> Any:
     """Instantiate the object that a config node describes by ``_target_``.
 
     Args:
         node: The node.
+        arguments: Positional arguments that come before what the node gives; then a ``_partial_``
+            node is called too.
 
     Raises:
-        InputError: A value is missing, or the target lies outside the allowed modules and is not
-            called.
+        InputError: A value is missing or wrong, or the target lies outside the allowed modules and
+            is not called.
     """
+    described = _plain(node)
+    _check_targets(described)
+    if arguments:
+        described["_partial_"] = False
     try:
-        plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        name = node._get_full_key(error.full_key)
-        raise InputError(f"{name}: needs a value; add {name}=... to the command") from error
-    _check_targets(plain)
-    try:
-        return instantiate(plain, _convert_="all")
+        return instantiate(described, *arguments, _convert_="all")
     except InstantiationException as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from None
+        cause = error.__cause__
+        if isinstance(cause, InputError):
+            raise cause from None
+        if isinstance(cause, ValidationError):  # a constructor that checks its arguments
+            raise wrong_value(cause, node._get_full_key) from error
         raise
+
+
+def _plain(node: DictConfig) -> Any:
+    try:
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        name = error.full_key
+        raise InputError(f"{name}: needs a value; add {name}=... to the command") from error
+
+
+def trainer_maker(node: DictConfig) -> Callable[..., Any]:
+    """What makes Lightning's trainers as a config says.
+
+    Raises:
+        InputError: Lightning refuses the config: no such device, or no such precision.
+    """
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    settings(TrainerSettings, node)
+    make = build(node)
+
+    def checked(**options: Any) -> Any:
+        try:
+            return make(**options)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            named = [
+                f"{node._get_full_key(name)}={value}"
+                for name, value in _plain(node).items()
+                if str(name) in line.lower() or (isinstance(value, str) and value in line)
+            ]
+            raise InputError(
+                f"{', '.join(named) or 'trainer'}: {line}; see trainer=cpu for what always works"
+            ) from error
+
+    checked(logger=False, enable_checkpointing=False)  # told before anything is computed
+    return checked
 
 
 def settings(kind: Callable[..., T], *nodes: DictConfig) -> T:
@@ -49,11 +109,9 @@ def settings(kind: Callable[..., T], *nodes: DictConfig) -> T:
     Raises:
         InputError: A value is wrong.
     """
-    from lpcam.settings import make
-
     values, keys = {}, {}
     for node in reversed(nodes):
-        plain: Any = OmegaConf.to_container(node, resolve=True)
+        plain = _plain(node)
         for field in fields(kind):  # type: ignore[arg-type]
             if field.name in plain:
                 values[field.name] = plain[field.name]

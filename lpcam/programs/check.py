@@ -17,11 +17,17 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from lpcam.data.dataset import Picture, SegmentationDataset, multi_hot, open_picture
+from lpcam.data.dataset import (
+    Picture,
+    SegmentationDataset,
+    is_turned,
+    multi_hot,
+    open_picture,
+)
 from lpcam.data.files import abbreviate
 from lpcam.errors import InputError
 from lpcam.programs.build import build
-from lpcam.programs.entry import run
+from lpcam.programs.entry import job, run
 from lpcam.programs.folders import CONF
 
 # Problems of a split that are printed; the rest are counted.
@@ -37,6 +43,7 @@ class SplitCheck:
         unlabelled: How many of them show no class.
         masks: How many of them have a mask.
         without_mask: The ids of those that have none.
+        turned: The ids of those with an EXIF orientation, which is ignored.
         histogram: In how many pictures each class is ``(C,)``.
         problems: What is wrong, a line each.
     """
@@ -45,6 +52,7 @@ class SplitCheck:
     unlabelled: int
     masks: int
     without_mask: list[str]
+    turned: list[str]
     histogram: np.ndarray
     problems: list[str]
 
@@ -56,8 +64,8 @@ def check_split(dataset: SegmentationDataset, split: str) -> SplitCheck:
         pictures = dataset.pictures(split)
         labels = multi_hot(pictures, number)
     except InputError as error:
-        return SplitCheck(0, 0, 0, [], np.zeros(number), [str(error)])
-    masks, without_mask, problems = 0, [], []
+        return SplitCheck(0, 0, 0, [], [], np.zeros(number), [str(error)])
+    masks, without_mask, turned, problems = 0, [], [], []
     console = Console(stderr=True)
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda picture: _check_picture(dataset, picture), pictures)
@@ -69,29 +77,34 @@ def check_split(dataset: SegmentationDataset, split: str) -> SplitCheck:
             console=console,
             disable=not console.is_terminal,
         )
-        for picture, (masked, problem) in zip(pictures, shown, strict=True):
+        for picture, (masked, oriented, problem) in zip(pictures, shown, strict=True):
             masks += masked
+            if oriented:
+                turned.append(picture.id)
             if problem:
                 problems.append(problem)
             elif not masked:
                 without_mask.append(picture.id)
     unlabelled = int((labels.sum(1) == 0).sum())
-    return SplitCheck(len(pictures), unlabelled, masks, without_mask, labels.sum(0), problems)
+    return SplitCheck(
+        len(pictures), unlabelled, masks, without_mask, turned, labels.sum(0), problems
+    )
 
 
-def _check_picture(dataset: SegmentationDataset, picture: Picture) -> tuple[bool, str]:
-    """Whether a picture has a mask, and what is wrong with either, or nothing."""
+def _check_picture(dataset: SegmentationDataset, picture: Picture) -> tuple[bool, bool, str]:
+    """Whether a picture has a mask, and an EXIF orientation; what is wrong with it, or nothing."""
     try:
-        size = open_picture(picture.path).size
+        image = open_picture(picture.path)
         mask = dataset.mask(picture)
     except InputError as error:
-        return False, str(error)
-    if mask is not None and mask.shape[::-1] != size:
-        return True, (
-            f"{picture.path}: picture of {size[0]}x{size[1]} pixels, mask of "
+        return False, False, str(error)
+    problem = ""
+    if mask is not None and mask.shape[::-1] != image.size:
+        problem = (
+            f"{picture.path}: picture of {image.width}x{image.height} pixels, mask of "
             f"{mask.shape[1]}x{mask.shape[0]}; give it its own mask"
         )
-    return mask is not None, ""
+    return mask is not None, is_turned(image), problem
 
 
 def print_tables(dataset: SegmentationDataset, checks: dict[str, SplitCheck]) -> None:
@@ -116,6 +129,16 @@ def print_tables(dataset: SegmentationDataset, checks: dict[str, SplitCheck]) ->
     console.print(histogram)
 
 
+def _warnings(checks: dict[str, SplitCheck]) -> Iterator[str]:
+    for split, check in checks.items():
+        if check.turned:
+            yield (
+                f"{split}: {len(check.turned)} pictures have an EXIF orientation "
+                f"({abbreviate(check.turned)}); it is ignored, masks and maps belong to the pixels "
+                "as they are stored"
+            )
+
+
 def _problem_lines(checks: dict[str, SplitCheck]) -> Iterator[str]:
     for split, check in checks.items():
         yield from check.problems[:SHOWN]
@@ -124,6 +147,7 @@ def _problem_lines(checks: dict[str, SplitCheck]) -> Iterator[str]:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="check")
+@job
 def check(cfg: DictConfig) -> None:
     """Check the data set of a config; end the program with status 1 on problems."""
     dataset: SegmentationDataset = build(cfg.dataset)
@@ -134,6 +158,8 @@ def check(cfg: DictConfig) -> None:
         unprepared.append(str(error))
     checks = {split: check_split(dataset, split) for split in dataset.used_splits}
     print_tables(dataset, checks)
+    for warning in _warnings(checks):
+        print(f"warning: {warning}", file=sys.stderr)
     # What stopped prepare() was mostly met in its split again.
     problems = dict.fromkeys([*_problem_lines(checks), *unprepared])
     for problem in problems:

@@ -1,37 +1,119 @@
-"""``DONE.json``: which config a run was finished with, its metrics, and what it took.
+"""``DONE.json``: what a run was finished with, its metrics, and what it took.
 
 Imports nothing heavy, so that a run that is done says so at once.
 """
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
+from lpcam.programs.build import build
+from lpcam.storage.files import write_json
 from lpcam.storage.hashing import digest
 
 if TYPE_CHECKING:
+    from lpcam.data.dataset import SegmentationDataset
     from lpcam.programs.run import Results
 
-from lpcam.storage.files import write_json
+# Folders and files of a run, and the endings of what it writes into a folder.
+FOLDERS = {"maps": ".npz", "refined": ".npz", "masks": ".png", "figures": ".png"}
+FILES = ("report.html", "metrics.json", "prototypes.safetensors", "config.yaml")
 
 
 def done_metrics(output: Path, config: Mapping[str, Any]) -> dict[str, float] | None:
-    """The metrics of a run that was finished in this folder with this config; None if none was."""
-    path = output / "DONE.json"
+    """The metrics of a run that was finished in this folder with this config; None if none was.
+
+    A run is not done if one of the files that it was made from or that it made is another now, or
+    gone.
+    """
     try:
-        done = json.loads(path.read_text())
+        done = json.loads((output / "DONE.json").read_text())
         metrics: dict[str, float] = done["metrics"]
-        return metrics if done["config"] == config_digest(config) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        if done["config"] == _config_digest(config) and done["outputs"] == _outputs(output):
+            return metrics if done["inputs"] == inputs_digest(config) else None
+    except (OSError, ValueError, KeyError, TypeError):  # InputError is a ValueError
+        pass
+    return None
 
 
-def config_digest(config: Mapping[str, Any]) -> str:
+def _config_digest(config: Mapping[str, Any]) -> str:
     """Hash a run's config without where its files go, and with the version that read it."""
     wanted = {name: value for name, value in config.items() if name not in ("paths", "logger")}
     return digest({**wanted, "version": version("lpcam")})
+
+
+def inputs_digest(config: Mapping[str, Any]) -> str:
+    """Hash size and time of pictures, masks, and the files that the config names."""
+    groups = ("ckpt", "backbone", "refiner")  # the others name no file that is read
+    files = _files({name: config.get(name) for name in groups})
+    stamps = [[str(path), *_stamp(path)] for path in files]
+    return digest([_data_digest(json.dumps(config["dataset"])), stamps])
+
+
+@functools.lru_cache(maxsize=1)
+def _data_digest(text: str) -> str:
+    """Hash what the pictures and masks of a data set's config are; once for the jobs of a sweep."""
+    from lpcam.data.dataset import fingerprint
+
+    dataset: SegmentationDataset = build(OmegaConf.create({"dataset": json.loads(text)}).dataset)
+    dataset.prepare()
+    rows = []
+    for split in dataset.used_splits:
+        pictures = dataset.pictures(split)
+        masks = [_stamp(p.mask_path) if p.mask_path else dataset.mask_digest(p) for p in pictures]
+        rows.append([split, fingerprint(pictures), digest(masks)])
+    return digest(rows)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _files(value: Any) -> Iterator[Path]:
+    """The files that the texts of a config name, and those in the folders that they name."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from _files(item)
+    elif isinstance(value, str) and ("/" in value or "." in value):
+        path = Path(value).expanduser()
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
+        yield from (file for file in found if file.is_file())
+
+
+def _outputs(output: Path) -> dict[str, int]:
+    """What lies in a run's folder: files of a folder, or 1 for a file."""
+    found = {name: 1 for name in FILES if (output / name).is_file()}
+    for name, suffix in FOLDERS.items():
+        if (output / name).is_dir():
+            found[name] = sum(path.suffix == suffix for path in (output / name).iterdir())
+    return found
+
+
+def look_again() -> None:
+    """Forget what files were like; a command that starts looks at them."""
+    _data_digest.cache_clear()
+
+
+def clear(output: Path) -> None:
+    """Remove what an earlier run left in this folder, that nothing of it stands beside the new."""
+    (output / "DONE.json").unlink(missing_ok=True)
+    try:
+        earlier = (output / "config.yaml").read_text()
+    except OSError:
+        return
+    if "prototypes:" not in earlier or "thresholds:" not in earlier:
+        return  # somebody else's folder
+    for name, suffix in FOLDERS.items():
+        for path in (output / name).glob(f"*{suffix}"):
+            path.unlink()
+    for name in FILES:
+        (output / name).unlink(missing_ok=True)
 
 
 def write_done(output: Path, config: Mapping[str, Any], results: "Results", total: float) -> None:
@@ -47,8 +129,13 @@ def write_done(output: Path, config: Mapping[str, Any], results: "Results", tota
     for name, stage in results.stages.items():
         if stage.seconds is not None:
             seconds[name] = stage.seconds
-    rounded = {name: round(value, 3) for name, value in seconds.items()}
-    done = {"config": config_digest(config), "seconds": rounded, "metrics": dict(results.metrics)}
+    done = {
+        "config": _config_digest(config),
+        "inputs": inputs_digest(config),
+        "outputs": _outputs(output),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "metrics": dict(results.metrics),
+    }
     write_json(output / "DONE.json", done)
 
 

@@ -3,6 +3,7 @@
 Imports nothing heavy, so that ``--help`` and a mistyped override answer at once.
 """
 
+import errno
 import functools
 import hashlib
 import logging
@@ -24,8 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lpcam.errors import InputError
 from lpcam.programs.folders import PROJECT
+from lpcam.programs.options import options
 
-USER_ERRORS = (InputError, HydraException, OmegaConfBaseException)
+USER_ERRORS = (InputError, HydraException, OmegaConfBaseException, OSError)
 FAILED = "FAILED.txt"  # a failed job's one line, in its folder
 
 
@@ -65,12 +67,16 @@ def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     A job of a sweep leaves that line in its folder instead, so that the other jobs go on.
     """
 
+    def checked(cfg: DictConfig) -> Any:
+        options(cfg)
+        return function(cfg)
+
     @functools.wraps(function)
     def run_one(cfg: DictConfig) -> Any:
         hydra_config = HydraConfig.get()
         if hydra_config.mode != RunMode.MULTIRUN:
             try:
-                return function(cfg)
+                return checked(cfg)
             except USER_ERRORS as error:
                 # Hydra would print a line of its own before raising this.
                 _exit(error)
@@ -79,7 +85,8 @@ def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
         failure.unlink(missing_ok=True)
         try:
             _refuse_ranks(cfg)
-            return function(cfg)
+            _refuse_one_folder(hydra_config.overrides.task)
+            return checked(cfg)
         except Exception as error:
             line = f"{type(error).__name__}: {error}"
             if isinstance(error, USER_ERRORS):
@@ -100,10 +107,21 @@ def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 
 def _refuse_ranks(cfg: DictConfig) -> None:
     """A sweep's job on several devices needs a launcher that starts every rank by itself."""
-    if str(cfg.trainer.get("strategy", "")).startswith("ddp") and "SLURM_PROCID" not in os.environ:
+    strategy = str(cfg.get("trainer", {}).get("strategy", ""))
+    if strategy.startswith("ddp") and "SLURM_PROCID" not in os.environ:
         raise InputError(
             "trainer=ddp: each rank would start the whole sweep again; use trainer=gpu, or "
             "hydra/launcher=submitit_slurm with as many tasks_per_node as devices"
+        )
+
+
+def _refuse_one_folder(overrides: Sequence[str]) -> None:
+    """Jobs that write into one folder would overwrite each other."""
+    given = next((o for o in overrides if o.startswith("paths.output=")), None)
+    if given is not None:
+        raise InputError(
+            f"{given}: one folder for all jobs of a sweep; leave it out, or say where the sweep's "
+            "folder goes with hydra.sweep.dir=..."
         )
 
 
@@ -159,10 +177,15 @@ def choices() -> dict[str, str]:
 
 def _one_line(error: BaseException) -> str:
     """The cause of an error in one line; Hydra's own say little without what caused them."""
+    if isinstance(error, OSError) and error.filename is not None:
+        remedy = "check that it is there, and may be read and written"
+        if error.errno == errno.ENOSPC:
+            remedy = "free some space, or set paths.store and paths.output elsewhere"
+        return f"{error.filename}: {error.strerror}; {remedy}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         lines = [*lines[:1], *str(error.__cause__).splitlines()[:1]]
-    if isinstance(error, InputError):
+    if lines and (isinstance(error, InputError) or lines[0].startswith("Caught ")):
         # A loader's process hands its whole traceback over; the message is the last line of it.
         lines = [lines[-1].removeprefix(f"{InputError.__module__}.InputError: ")]
     return " ".join(lines[:2])

@@ -12,7 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lpcam.programs.done import done_metrics, headline, write_done
+from lpcam.programs.done import clear, done_metrics, headline, look_again, write_done
 from lpcam.programs.entry import job, run
 from lpcam.programs.folders import CONF
 
@@ -38,6 +38,7 @@ def infer(cfg: DictConfig) -> float | None:
     results = this.results()
     if not is_main_process():
         return None
+    clear(output)
     outputs.save(output, cfg, this, results)
     if cfg.report:
         outputs.report(output, cfg, this, results)
@@ -51,6 +52,7 @@ def infer(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """Run the program with the process's arguments."""
+    look_again()
     run(infer)
 
 

@@ -20,7 +20,8 @@ from lpcam.reporting.report import write_report
 from lpcam.reporting.shown import choose_pictures, show
 from lpcam.reporting.tracking import recording, start
 from lpcam.reporting.wandb_content import log_results
-from lpcam.seeds.masks import mark_unsure, save_mask, seed_mask
+from lpcam.seeds.masks import mark_unsure, seed_mask
+from lpcam.seeds.palette import save_mask
 from lpcam.seeds.record import load_seed
 from lpcam.stages.features import read_features
 from lpcam.storage.files import write_atomically, write_json
@@ -40,6 +41,7 @@ def save(output: Path, cfg: DictConfig, run: Run, results: Results) -> None:
         run: The job.
         results: What its stages gave.
     """
+    output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_json(output / METRICS, results.metrics)
     fingerprint = tensors_digest(run.host.state_dict())
@@ -75,19 +77,15 @@ def _save_maps(
         background: The background score of the masks.
         unsure_band: See :func:`~lpcam.seeds.masks.mark_unsure`.
     """
-    linked = {"maps": seeds} | ({"refined": refined} if refined else {})
-    for name in (*linked, "masks"):
+    copied = {"maps": seeds} | ({"refined": refined} if refined else {})
+    for name in (*copied, "masks"):
         (output / name).mkdir(parents=True, exist_ok=True)
 
     def write(picture: Picture) -> None:
         file = f"{picture.id}.npz"
-        for name, stage in linked.items():
-            target = output / name / file
-            target.unlink(missing_ok=True)
-            try:
-                target.hardlink_to(stage.folder / file)
-            except OSError:  # another file system
-                shutil.copyfile(stage.folder / file, target)
+        for name, stage in copied.items():
+            # No hard link: who overwrites a run's file in place would change the store's.
+            shutil.copyfile(stage.folder / file, output / name / file)
         seed = load_seed((refined or seeds).folder / file)
         maps = seed.full_size()
         mask = seed_mask(maps, seed.keys, background)

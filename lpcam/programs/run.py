@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
+import pydantic
 from omegaconf import DictConfig, OmegaConf
 
 from lpcam.evaluation.segmentation import SegmentationResult
 from lpcam.models.host import Host
-from lpcam.programs.build import build, settings
+from lpcam.programs.build import build, settings, trainer_maker
+from lpcam.programs.options import options
 from lpcam.programs.setup import trained
 from lpcam.prototypes.centers import Centers, Clustering
 from lpcam.prototypes.local_features import Draw
@@ -18,6 +21,8 @@ from lpcam.prototypes.prototype_set import Prototypes
 from lpcam.prototypes.selection import Selection, select
 from lpcam.refiners.base import Refiner, TrainedRefiner
 from lpcam.reporting.scores import Method
+from lpcam.reporting.shown import choose_pictures
+from lpcam.settings import CHECKED, Share
 from lpcam.stages import centers as center_stage
 from lpcam.stages import maps as map_stage
 from lpcam.stages.features import features
@@ -46,6 +51,23 @@ class Results:
     stages: Mapping[str, Stage]
 
 
+@pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
+class Choice:
+    """Which maps a job makes, and how masks are made of them.
+
+    Attributes:
+        use: The prototypes that LPCAM's maps are made with.
+        source: The maps that masks are made of, or that are refined.
+        seed_background: The score that a class has to exceed in a mask.
+        unsure_band: How far from it a score has to be to count as sure.
+    """
+
+    use: Literal["both", "class", "context"]
+    source: Literal["cam", "lpcam"]
+    seed_background: Share
+    unsure_band: Share
+
+
 class Run:
     """One inference job: its data, its host and its stages, computed when they are read.
 
@@ -71,11 +93,18 @@ class Run:
         self.draw = settings(Draw, cfg.prototypes)
         self.selection = settings(Selection, cfg.thresholds, cfg.prototypes)
         self.inference = settings(map_stage.Inference, cfg.inference)
-        self.make_trainer = build(cfg.trainer)
+        self.choice = settings(Choice, cfg.prototypes, cfg.thresholds, cfg.refiner)
+        shown = options(cfg).shown_pictures
+        self.make_trainer = trainer_maker(cfg.trainer)
         self.refiner: Refiner | None = build(cfg.refiner) if "_target_" in cfg.refiner else None
         self.trained = trained(cfg, overrides)
         self.dataset = self.trained.dataset
         self.host: Host = self.trained.host
+        # What they lack is told now, and not after the maps.
+        choose_pictures(self.dataset.pictures(self.dataset.map_splits[-1]), shown)
+        if self.refiner:
+            for split in self.dataset.map_splits:
+                self.refiner.inputs(self.dataset.pictures(split))
 
     @cached_property
     def _chosen_features(self) -> tuple[list[list[int]], Stage]:
@@ -116,7 +145,7 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, MapSetting]:
         """The maps that the job makes."""
-        use = self.cfg.prototypes.use
+        use = self.choice.use
         found = {"cam": MapSetting(), "lpcam": lpcam_setting(self.prototypes, use)}
         if use == "both":
             found["lpcam_class"] = lpcam_setting(self.prototypes, "class")
@@ -139,7 +168,7 @@ class Run:
         """The configured background score of maps."""
         if name == "refined" and self.refiner:
             return self.refiner.background
-        return float(self.cfg.thresholds.seed_background)
+        return self.choice.seed_background
 
     @property
     def sharing(self) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
@@ -13,7 +14,9 @@ from lpcam.data.dataset import SegmentationDataset
 from lpcam.models.backbones import build_backbone
 from lpcam.models.host import Host, load_host
 from lpcam.programs.build import build, settings
+from lpcam.programs.done import inputs_digest
 from lpcam.programs.entry import command_line
+from lpcam.settings import CHECKED, Text
 from lpcam.stages.classifier import Fitting, classifier_stage, trained_checkpoint
 from lpcam.storage.store import Stage
 
@@ -55,6 +58,19 @@ class Trained:
     stage: Stage | None
 
 
+@pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
+class Network:
+    """Which backbone.
+
+    Attributes:
+        name: See :func:`~lpcam.models.backbones.build_backbone`.
+        weights: Likewise.
+    """
+
+    name: Text
+    weights: Text | None = None
+
+
 def set_up(cfg: DictConfig) -> Setup:
     """Build what a config describes; nothing is trained, but data may be generated.
 
@@ -62,14 +78,19 @@ def set_up(cfg: DictConfig) -> Setup:
         InputError: A setting is wrong, or data is missing.
     """
     dataset: SegmentationDataset = build(cfg.dataset)
-    dataset.prepare()
-    pl.seed_everything(cfg.seed, verbose=False)
-    backbone = build_backbone(cfg.backbone.name, cfg.backbone.weights)
     fitting = settings(Fitting, cfg.classifier)
+    network = settings(Network, cfg.backbone)
+    pl.seed_everything(cfg.seed, verbose=False)
+    backbone = build_backbone(network.name, network.weights)
+    node = OmegaConf.masked_copy(cfg.classifier, _host_settings(cfg.classifier))
+    host: Host = build(node, backbone, len(dataset.classes))
+    host.precision = precision = str(cfg.trainer.precision)
+    dataset.prepare()  # after every value is checked, for it may take minutes
     described: Any = OmegaConf.to_container(cfg.classifier)
-    stage = classifier_stage(Path(cfg.paths.store), dataset, backbone, described, cfg.seed)
-    make_host = build(OmegaConf.masked_copy(cfg.classifier, _host_settings(cfg.classifier)))
-    return Setup(dataset, make_host(backbone, len(dataset.classes)), fitting, stage)
+    stage = classifier_stage(
+        Path(cfg.paths.store), dataset, backbone, described, seed=cfg.seed, precision=precision
+    )
+    return Setup(dataset, host, fitting, stage)
 
 
 def _host_settings(node: DictConfig) -> list[str]:
@@ -90,7 +111,9 @@ def trained(cfg: DictConfig, overrides: Sequence[str]) -> Trained:
     """
     names = ["dataset", "backbone", "classifier", "ckpt", "seed", "paths"]
     described: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, names), resolve=True)
+    described["trainer"] = {"precision": cfg.trainer.precision}
     del described["paths"]["output"]  # differs between the jobs of a sweep
+    described["inputs"] = inputs_digest(described)
     return _trained(OmegaConf.to_yaml(described), command_line("train", overrides, SHARED))
 
 

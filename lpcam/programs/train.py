@@ -9,7 +9,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from lpcam.programs.build import build
+from lpcam.programs.build import build, trainer_maker
 from lpcam.programs.entry import choices, job, run
 from lpcam.programs.folders import CONF
 
@@ -25,36 +25,37 @@ def train(cfg: DictConfig) -> float | None:
     from lpcam.reporting.wandb_content import log_files
     from lpcam.stages import classifier
     from lpcam.storage.files import write_json
+    from lpcam.storage.ranks import is_main_process
 
+    make_trainer = trainer_maker(cfg.trainer)
     setup = set_up(cfg)
-    stage, checkpoint = setup.stage, setup.stage.folder / "last.ckpt"
-    if stage.done:
-        print(f"Already trained: {checkpoint}")
-        return None
-    logger = None
+    output, checkpoint = Path(cfg.paths.output), setup.stage.folder / "last.ckpt"
+    was_done, logger = setup.stage.done, None
     try:
-        if cfg.logger:
+        if cfg.logger and not was_done:
             with tolerated():
                 config: Any = OmegaConf.to_container(cfg, resolve=True)
                 logger = start(build(cfg.logger), config, choices(), SUMMARIES)
         metrics = classifier.train(
             Path(cfg.paths.store),
-            stage,
-            build(cfg.trainer),
+            setup.stage,
+            make_trainer,
             setup.dataset,
             setup.host,
             setup.fitting,
             num_workers=cfg.num_workers,
             logger=logger,
         )
+        if is_main_process():
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(output / "metrics.json", metrics)
+            print(f"{'Already trained' if was_done else 'Trained'}: {checkpoint}")
+            print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
         if logger:
             with tolerated():
-                log_files(logger, made={f"classifier-{stage.key}": checkpoint})
+                log_files(logger, made={f"classifier-{setup.stage.key}": checkpoint})
     finally:
         finish()
-    write_json(Path(cfg.paths.output) / "metrics.json", metrics)
-    print(f"Trained: {checkpoint}")
-    print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
     return metrics.get("val/map")
 
 

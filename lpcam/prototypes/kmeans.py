@@ -17,6 +17,8 @@ from lpcam.errors import InputError
 
 # Rows multiplied at a time. As single precision so many still fit into a processor's cache.
 CHUNK = 1024
+# Rows that torch.multinomial draws one of.
+DRAWN = 2**24
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _plus_plus(x: Tensor, norm: Tensor, k: int, seed: int, chunk_size: int) -> T
         if not mass.any():  # fewer directions than clusters: any row that is still free
             mass = (norm > 0).double().cpu()
             mass[chosen] = 0
-        chosen.append(int(torch.multinomial(mass, 1, generator=generator)))
+        chosen.append(_draw(mass, generator))
         unit = F.normalize(x[chosen[-1]].float(), dim=0)
         for part, rows in single_precision(x, chunk_size):
             torch.mv(rows, unit, out=cosine[part])
@@ -152,3 +154,12 @@ def _plus_plus(x: Tensor, norm: Tensor, k: int, seed: int, chunk_size: int) -> T
         # Rounding may put a copy of the chosen row at a distance of 1e-7, never to be drawn.
         distance = torch.minimum(distance, torch.where(cosine > 1 - 1e-6, 0, 1 - cosine))
     return x[chosen].float()
+
+
+def _draw(mass: Tensor, generator: torch.Generator) -> int:
+    """Index of one of N rows, drawn with a probability in proportion to its mass ``(N,)``."""
+    if len(mass) <= DRAWN:
+        return int(torch.multinomial(mass, 1, generator=generator))
+    blocks = mass.split(DRAWN)
+    block = _draw(torch.stack([rows.sum() for rows in blocks]), generator)
+    return block * DRAWN + _draw(blocks[block], generator)

@@ -7,17 +7,29 @@ that reads maps (masks, scores, pictures, the next refiner) reads refined ones t
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+import pydantic
+import torch
 from PIL import Image
+from pydantic import AfterValidator
 
 from lpcam.data.dataset import Picture
-from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
 from lpcam.models.training import MakeTrainer
 from lpcam.seeds.record import SeedRecord
+from lpcam.settings import CHECKED, Share, Text
 
-SOURCES = ("cam", "lpcam")
+
+def _usable(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # of several kinds
+        raise ValueError("no such device here; take cpu") from error
+    return device
+
+
+Device = Annotated[Text, AfterValidator(_usable)]
 
 
 class Refiner(ABC):
@@ -33,16 +45,14 @@ class Refiner(ABC):
     Attributes:
         uses: Supervision beyond image labels, such as "saliency"; empty for none. Results are
             marked with it.
-
-    Raises:
-        InputError: The source is unknown.
     """
 
     uses: ClassVar[str] = ""
 
-    def __init__(self, *, source: str = "lpcam", background: float = 0.5) -> None:
-        if source not in SOURCES:
-            raise InputError(f"refiner.source={source}: unknown; choose {' or '.join(SOURCES)}")
+    @pydantic.validate_call(config=CHECKED)
+    def __init__(
+        self, *, source: Literal["cam", "lpcam"] = "lpcam", background: Share = 0.5
+    ) -> None:
         self.source = source
         self.background = background
 

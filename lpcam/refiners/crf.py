@@ -7,31 +7,34 @@ K_b one of distance and colour, both with their self term and normalised to ``D^
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pydantic
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
 from lpcam.data.dataset import Picture
 from lpcam.errors import InputError
-from lpcam.refiners.base import Refiner
+from lpcam.refiners.base import Device, Refiner
 from lpcam.seeds.record import SeedRecord
+from lpcam.settings import CHECKED, make
 
-BACKENDS = ("pydensecrf", "exact")
-UNARIES = ("constant", "power", "labels")
-IMAGE_MODES = ("raw", "legacy_wrap")
+Backend = Literal["pydensecrf", "exact"]
 # Of Caffe's networks, in steps of 8-bit colour.
 MEAN_RGB = (122.675, 116.669, 104.008)
 # What a probability of 0 counts as, in every published pipeline.
 SMALLEST = 1e-5
 # Pairs of pixels that the exact backend has in memory at a time.
 BLOCK = 2**24
+Deviation = Annotated[float, Field(ge=0.01, le=10_000)]
+Weight = Annotated[float, Field(ge=0, le=10_000)]
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
 class CRFParameters:
     """The two kernels and the number of iterations.
 
@@ -44,12 +47,12 @@ class CRFParameters:
         bilateral_weight: Its weight.
     """
 
-    iterations: int
-    gaussian_sxy: float
-    gaussian_weight: float
-    bilateral_sxy: float
-    bilateral_srgb: float
-    bilateral_weight: float
+    iterations: Annotated[int, Field(ge=0, le=1000)]
+    gaussian_sxy: Deviation
+    gaussian_weight: Weight
+    bilateral_sxy: Deviation
+    bilateral_srgb: Deviation
+    bilateral_weight: Weight
 
 
 # As published, by where they are used: the labels that IRN is trained with (IRN, ReCAM, AMN,
@@ -65,23 +68,21 @@ PARAMETERS = {
 }
 
 
-def crf_parameters(choice: str | Mapping[str, float]) -> CRFParameters:
+def crf_parameters(choice: str | Mapping[str, Any], setting: str) -> CRFParameters:
     """Look up published parameters by name, or take one's own.
 
     Args:
         choice: A name in :data:`PARAMETERS`, or the attributes of :class:`CRFParameters`.
+        setting: What the user calls them.
 
     Raises:
-        InputError: There is no such name, or attributes are missing or unknown.
+        InputError: There is no such name, or attributes are missing, unknown or out of range.
     """
-    if isinstance(choice, str):
-        if choice not in PARAMETERS:
-            raise InputError(f"CRF parameters {choice!r}: choose from {', '.join(PARAMETERS)}")
-        return PARAMETERS[choice]
-    names = [field.name for field in fields(CRFParameters)]
-    if set(choice) != set(names):
-        raise InputError(f"CRF parameters {', '.join(choice)}: give {', '.join(names)}")
-    return CRFParameters(**choice)  # type: ignore[arg-type]
+    if not isinstance(choice, str):
+        return make(CRFParameters, choice, f"{setting}.{{}}".format)
+    if choice not in PARAMETERS:
+        raise InputError(f"{setting}={choice!r}: choose from {', '.join(PARAMETERS)}")
+    return PARAMETERS[choice]
 
 
 def with_background(maps: Tensor, value: float, *, power: bool = False) -> Tensor:
@@ -124,7 +125,7 @@ def dense_crf(
     probabilities: Tensor,
     parameters: CRFParameters,
     *,
-    backend: str = "pydensecrf",
+    backend: Backend = "pydensecrf",
 ) -> Tensor:
     """Refine the class probabilities of one picture.
 
@@ -144,7 +145,7 @@ def dense_crf(
         Probabilities ``(L, H, W)``; each pixel's add up to 1.
 
     Raises:
-        InputError: The backend is unknown or its package is missing.
+        InputError: The backend's package is missing.
     """
     check_backend(backend)
     unary = -probabilities.clamp_min(SMALLEST).log()
@@ -154,18 +155,30 @@ def dense_crf(
     return infer(image, unary, parameters)
 
 
-def check_backend(backend: str) -> None:
-    """Raise an InputError unless this backend can be used."""
-    if backend not in BACKENDS:
-        raise InputError(f"refiner.backend={backend}: unknown; choose {' or '.join(BACKENDS)}")
-    if backend == "pydensecrf":
-        try:
-            import pydensecrf.densecrf  # noqa: F401
-        except ImportError as error:
-            raise InputError(
-                "refiner.backend=pydensecrf: its package is missing; pip install 'lpcam[crf]' "
-                "(builds with a C compiler), or take refiner.backend=exact (slow without a GPU)"
-            ) from error
+def check_backend(
+    backend: Backend,
+    setting: str = "refiner.backend=pydensecrf",
+    instead: str = "refiner.backend=exact (slow without a GPU)",
+) -> None:
+    """Make sure of a backend's package.
+
+    Args:
+        backend: The backend.
+        setting: The setting that chose it.
+        instead: What the user may choose in its place.
+
+    Raises:
+        InputError: The package is missing.
+    """
+    if backend == "exact":
+        return
+    try:
+        import pydensecrf.densecrf  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"{setting}: its package is missing; pip install 'lpcam[crf]' (builds with a C "
+            f"compiler), or take {instead}"
+        ) from error
 
 
 def wrapped_pixels(image: np.ndarray) -> np.ndarray:
@@ -279,28 +292,28 @@ class CRF(Refiner):
         **options: See :class:`~lpcam.refiners.base.Refiner`.
 
     Raises:
-        InputError: A setting has a value that it cannot have.
+        InputError: There are no such parameters, or the background's score is above 1.
     """
 
+    @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
         *,
-        parameters: str | Mapping[str, float] = "psa",
-        unary: str = "constant",
-        unary_background: float = 0.5,
-        image_mode: str = "raw",
-        backend: str = "pydensecrf",
-        device: str = "cpu",
+        parameters: str | Mapping[str, Any] = "psa",
+        unary: Literal["constant", "power", "labels"] = "constant",
+        unary_background: Annotated[float, Field(gt=0, le=1000)] = 0.5,
+        image_mode: Literal["raw", "legacy_wrap"] = "raw",
+        backend: Backend = "pydensecrf",
+        device: Device = "cpu",
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if unary not in UNARIES:
-            raise InputError(f"refiner.unary={unary}: unknown; choose from {', '.join(UNARIES)}")
-        if image_mode not in IMAGE_MODES:
+        if unary != "power" and unary_background > 1:
             raise InputError(
-                f"refiner.image_mode={image_mode}: unknown; choose {' or '.join(IMAGE_MODES)}"
+                f"refiner.unary_background={unary_background}: a score in 0..1, an exponent only "
+                "with refiner.unary=power"
             )
-        self.parameters = crf_parameters(parameters)
+        self.parameters = crf_parameters(parameters, "refiner.parameters")
         self.unary = unary
         self.unary_background = unary_background
         self.image_mode = image_mode

@@ -9,13 +9,15 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import pydantic
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import Field
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -25,16 +27,21 @@ from lpcam.data.dataset import Picture, open_image, open_picture
 from lpcam.data.loaders import start_method
 from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
-from lpcam.models.training import MakeTrainer, fit, polynomial
+from lpcam.models.training import MakeTrainer, fit, per_process, polynomial
 from lpcam.refiners.base import TrainedRefiner
-from lpcam.refiners.labels import check_method
-from lpcam.seeds.masks import save_mask
+from lpcam.refiners.crf import check_backend
+from lpcam.refiners.labels import Method
+from lpcam.seeds.palette import save_mask
 from lpcam.seeds.record import SeedRecord
+from lpcam.settings import CHECKED, Count, Pair, Rate, Scale
 from lpcam.storage.files import write_atomically
 from lpcam.storage.ranks import is_main_process
 
 WEIGHTS = "heads.safetensors"
 CHECKPOINT = "checkpoint"
+Exponent = Annotated[float, Field(gt=0, le=1000)]
+Radius = Annotated[int, Field(ge=2, le=50)]  # the number of pairs grows with its square
+Steps = Annotated[int, Field(ge=1, le=10_000)]
 
 
 class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
@@ -121,13 +128,6 @@ class HeadTraining(pl.LightningModule):
             labels: Labels ``(B, h, w)``.
         """
 
-    def finish(self, pictures: Sequence[Picture]) -> None:
-        """Compute what the trained layers need besides; nothing by default.
-
-        Args:
-            pictures: The training pictures.
-        """
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""
         images, labels = batch
@@ -175,26 +175,27 @@ class HeadRefiner(TrainedRefiner):
     cell: ClassVar[int]
     label_settings: ClassVar[tuple[str, ...]]
 
+    @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
         *,
-        radius: int,
-        lr: float,
-        beta: float,
-        labels: str = "par",
-        crop: int = 256,
-        scales: Sequence[float] = (1, 1),
-        epochs: int = 4,
-        batch_size: int = 8,
-        steps: int = 256,
+        radius: Radius,
+        lr: Rate,
+        beta: Exponent,
+        labels: Method = "par",
+        crop: Annotated[int, Field(ge=1, le=8192)] = 256,
+        scales: Pair[Scale] = (1, 1),
+        epochs: Count = 4,
+        batch_size: Count = 8,
+        steps: Steps = 256,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         smallest = (2 * radius - 1) * self.cell
-        if radius < 2 or crop < smallest or crop % self.cell:
+        if crop < smallest or crop % self.cell:
             raise InputError(
                 f"refiner.crop={crop}: give a multiple of {self.cell} of at least {smallest}, "
-                f"which refiner.radius={radius} needs (2 or more)"
+                f"which refiner.radius={radius} needs"
             )
         self.labels = labels
         self.radius = radius
@@ -214,8 +215,12 @@ class HeadRefiner(TrainedRefiner):
     def label(self, image: Image.Image, seed: SeedRecord) -> np.ndarray:
         """Training labels ``(H, W)`` uint8: 0 background, class index + 1, 255 open."""
 
+    def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:  # noqa: D102 - inherited
+        if self.labels == "crf":
+            check_backend("pydensecrf", "refiner.labels=crf", "refiner.labels=par")
+        return super().inputs(pictures)
+
     def training_inputs(self) -> Mapping[str, Any]:  # noqa: D102 - inherited
-        check_method(self.labels)  # before a training that would find out late
         names = ("labels", "radius", "crop", "scales", "epochs", "batch_size", "lr")
         settings = {name: getattr(self, name) for name in (*names, *self.label_settings)}
         return {"refiner": type(self).__name__, **settings}
@@ -246,16 +251,26 @@ class HeadRefiner(TrainedRefiner):
             ),
             self.cell,
         )
-        loader = DataLoader(
-            crops,
-            batch_size=self.batch_size,
-            shuffle=True,
-            drop_last=len(crops) >= self.batch_size,
-            num_workers=num_workers,
-            multiprocessing_context=start_method(num_workers),
+
+        def loaders(processes: int) -> tuple[Any, None]:
+            loader = DataLoader(
+                crops,
+                batch_size=per_process(self.batch_size, processes, "refiner.batch_size"),
+                shuffle=True,
+                drop_last=len(crops) >= self.batch_size,
+                num_workers=num_workers,
+                multiprocessing_context=start_method(num_workers),
+            )
+            return loader, None
+
+        fit(
+            make_trainer,
+            training,
+            folder / CHECKPOINT,
+            loaders,
+            epochs=self.epochs,
+            lr_setting="refiner.lr",
         )
-        fit(make_trainer, training, folder / CHECKPOINT, loader, epochs=self.epochs)
-        training.finish(pictures)
         save_head(folder, training.head)
 
     def _label(

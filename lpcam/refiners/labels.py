@@ -1,6 +1,7 @@
 """Labels for training, from maps: what is surely a class, surely background, or left open."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,25 +10,16 @@ from PIL import Image
 from torch import Tensor
 
 from lpcam.data.dataset import IGNORED
-from lpcam.errors import InputError
-from lpcam.refiners.crf import PARAMETERS, check_backend, dense_crf, label_probabilities
+from lpcam.refiners.crf import PARAMETERS, dense_crf, label_probabilities
 from lpcam.refiners.par import PAR
 from lpcam.seeds.masks import seed_mask
 from lpcam.seeds.record import SeedRecord
 
-METHODS = ("par", "crf")
-
-
-def check_method(method: str) -> None:
-    """Raise an InputError unless labels can be refined that way here."""
-    if method not in METHODS:
-        raise InputError(f"refiner.labels={method}: unknown; choose {' or '.join(METHODS)}")
-    if method == "crf":
-        check_backend("pydensecrf")
+Method = Literal["par", "crf"]
 
 
 def relation_labels(
-    image: Image.Image, seed: SeedRecord, method: str, *, conf_fg: float, conf_bg: float
+    image: Image.Image, seed: SeedRecord, method: Method, *, conf_fg: float, conf_bg: float
 ) -> np.ndarray:
     """IRN's labels (section 3.1 of the paper): the maps' masks at a high and at a low threshold.
 
@@ -55,7 +47,7 @@ def relation_labels(
 
 
 def affinity_labels(
-    image: Image.Image, seed: SeedRecord, method: str, *, low: float, high: float, stride: int
+    image: Image.Image, seed: SeedRecord, method: Method, *, low: float, high: float, stride: int
 ) -> np.ndarray:
     """PSA's labels (section 3.2 of the paper), constant in square cells.
 

@@ -6,18 +6,22 @@ with Transformers", CVPR 2022, section 3.4.
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
 from lpcam.data.dataset import Picture
-from lpcam.refiners.base import Refiner
+from lpcam.refiners.base import Device, Refiner
 from lpcam.seeds.record import SeedRecord
+from lpcam.settings import CHECKED
 
+Distance = Annotated[int, Field(ge=1, le=256)]
 DILATIONS = (1, 2, 4, 8, 12, 24)
 
 
@@ -128,15 +132,16 @@ class PAR(Refiner):
         **options: See :class:`~lpcam.refiners.base.Refiner`.
     """
 
+    @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
         *,
-        stride: int = 2,
-        dilations: Sequence[int] = DILATIONS,
-        iterations: int = 10,
-        contrast: float = 0.3,
-        position_weight: float = 0.01,
-        device: str = "cpu",
+        stride: Distance = 2,
+        dilations: Annotated[Sequence[Distance], Field(min_length=1)] = DILATIONS,
+        iterations: Annotated[int, Field(ge=0, le=1000)] = 10,
+        contrast: Annotated[float, Field(ge=0.001, le=1000)] = 0.3,
+        position_weight: Annotated[float, Field(ge=0, le=1000)] = 0.01,
+        device: Device = "cpu",
         **options: Any,
     ) -> None:
         super().__init__(**options)

@@ -6,9 +6,10 @@ layers stand on the frozen backbone, and colours are not jittered.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import pydantic
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -17,11 +18,20 @@ from torch import Tensor, nn
 from lpcam.data.transforms import normalize
 from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
-from lpcam.refiners.heads import HeadRefiner, HeadTraining, resize, stage_channels
+from lpcam.refiners.heads import (
+    Exponent,
+    HeadRefiner,
+    HeadTraining,
+    Radius,
+    Steps,
+    resize,
+    stage_channels,
+)
 from lpcam.refiners.labels import affinity_labels, background_score, cell_means
 from lpcam.refiners.pairs import affinity_loss, pair_labels
 from lpcam.refiners.random_walk import at_offset, pair_offsets, propagate
 from lpcam.seeds.record import SeedRecord, grid_size
+from lpcam.settings import CHECKED, Rate, one_of
 
 WIDTHS = (64, 128, 256)
 
@@ -141,39 +151,34 @@ class PSA(HeadRefiner):
         **options: Likewise.
 
     Raises:
-        InputError: A setting is outside its range.
+        InputError: ``low`` is above ``high``.
     """
 
     cell = 8
     label_settings = ("low", "high")
     _trained: AffinityTraining
 
+    @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
         *,
-        powers: str = "cutouts_lpcam",
-        low: float | None = None,
-        high: float | None = None,
-        power: float | None = None,
-        radius: int = 5,
-        lr: float = 1.0,
-        beta: float = 8,
-        steps: int = 32,
+        powers: Annotated[str, one_of(POWERS)] = "cutouts_lpcam",
+        low: Exponent | None = None,
+        high: Exponent | None = None,
+        power: Exponent | None = None,
+        radius: Radius = 5,
+        lr: Rate = 1.0,
+        beta: Exponent = 8,
+        steps: Steps = 32,
         **options: Any,
     ) -> None:
-        if powers not in POWERS:
-            names = ", ".join(POWERS)
-            raise InputError(f"refiner.powers={powers}: unknown; choose among {names}")
         super().__init__(radius=radius, lr=lr, beta=beta, steps=steps, **options)
         named = POWERS[powers]
         self.low = named.low if low is None else low
         self.high = named.high if high is None else high
         self.power = named.power if power is None else power
-        if not 0 < self.low <= self.high:
-            raise InputError(
-                f"refiner.low={self.low} and refiner.high={self.high}: give two powers above 0, "
-                "the first not above the second"
-            )
+        if self.low > self.high:
+            raise InputError(f"refiner.low={self.low}: give at most refiner.high={self.high}")
 
     def training(self, backbone: Backbone) -> AffinityTraining:  # noqa: D102 - inherited
         return AffinityTraining(backbone, radius=self.radius, lr=self.lr)

@@ -7,20 +7,23 @@ Segmentation", CVPR 2021, algorithm 1. The LPCAM paper combines EDAM with LPCAM 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import pydantic
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
 from lpcam.data.dataset import Picture, open_image
 from lpcam.data.files import files_digest
 from lpcam.errors import InputError
 from lpcam.refiners.base import Refiner
-from lpcam.refiners.crf import check_backend, crf_parameters, dense_crf, with_background
+from lpcam.refiners.crf import Backend, check_backend, crf_parameters, dense_crf, with_background
 from lpcam.seeds.masks import scores_of_labels
 from lpcam.seeds.record import SeedRecord
+from lpcam.settings import CHECKED, Share, Text
 
 # Alpha and beta as published; a CRF's probabilities are nearly 0 or 1.
 AFTER_CRF = (1e-6, 0.99999)
@@ -69,15 +72,16 @@ class Saliency(Refiner):
 
     uses: ClassVar[str] = "saliency"
 
+    @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
-        folder: str | Path,
+        folder: Text | Path,
         *,
-        theta: float = 0.2,
-        alpha: float | None = None,
-        beta: float | None = None,
-        crf: str | Mapping[str, float] | None = "edam",
-        backend: str = "pydensecrf",
+        theta: Annotated[float, Field(ge=0, lt=2.55)] = 0.2,
+        alpha: Share | None = None,
+        beta: Share | None = None,
+        crf: str | Mapping[str, Any] | None = "edam",
+        backend: Backend = "pydensecrf",
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -86,7 +90,7 @@ class Saliency(Refiner):
         self.theta = theta
         self.alpha = published[0] if alpha is None else alpha
         self.beta = published[1] if beta is None else beta
-        self.crf = None if crf is None else crf_parameters(crf)
+        self.crf = None if crf is None else crf_parameters(crf, "refiner.crf")
         self.backend = backend
 
     def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:  # noqa: D102 - inherited

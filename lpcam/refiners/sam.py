@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pydantic
 import torch
 from PIL import Image
 
@@ -18,6 +19,7 @@ from lpcam.errors import InputError
 from lpcam.refiners.base import Refiner
 from lpcam.seeds.masks import scores_of_labels, seed_mask
 from lpcam.seeds.record import SeedRecord
+from lpcam.settings import CHECKED, Share, Text
 from lpcam.storage.arrays import DAMAGE, read_arrays
 
 
@@ -69,13 +71,14 @@ class SAMMerge(Refiner):
 
     uses: ClassVar[str] = "SAM"
 
+    @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
-        folder: str | Path,
+        folder: Text | Path,
         *,
-        seed_background: float = 0.5,
-        mask_share: float = 0.5,
-        class_share: float = 0.85,
+        seed_background: Share = 0.5,
+        mask_share: Share = 0.5,
+        class_share: Share = 0.85,
         **options: Any,
     ) -> None:
         super().__init__(**options)

@@ -12,6 +12,7 @@ from lpcam.evaluation.segmentation import IGNORED
 from lpcam.reporting.figures import styled
 from lpcam.reporting.scores import Method
 from lpcam.seeds.masks import seed_mask
+from lpcam.storage.parallel import for_each
 from lpcam.visualize import HEAT_MAP, draw_grid, heat_overlay, mask_overlay, to_grey, to_image
 
 PANEL_SIDE = 320
@@ -64,19 +65,22 @@ def compare(
         methods: The baseline and the method to compare; both have scores for the split.
         split: Which split.
     """
-    examples = []
-    for picture in pictures:
+    found: dict[str, Example] = {}
+
+    def score(picture: Picture) -> None:
         truth = dataset.mask(picture)
         if truth is None:
-            continue
+            return
         ious = []
         for method in methods:
             seed = method.seed(split, picture)
             mask = seed_mask(seed.full_size(), seed.keys, method.threshold(split, math.nan))
             ious.append(foreground_iou(truth, mask))
         if not math.isnan(ious[0]):
-            examples.append(Example(picture, *ious))
-    return examples
+            found[picture.id] = Example(picture, *ious)
+
+    for_each(score, pictures, "Comparing")
+    return [found[picture.id] for picture in pictures if picture.id in found]
 
 
 def choose(examples: Sequence[Example], count: int) -> dict[str, list[Example]]:

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from lpcam.seeds.masks import palette
+from lpcam.seeds.palette import palette
 
 
 def render(template: Path, **values: Any) -> str:

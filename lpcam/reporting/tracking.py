@@ -1,6 +1,7 @@
 """Logging a run, to Weights & Biases above all.
 
-Results never depend on it: whatever a logger fails at costs one line on the terminal. A W&B run has
+Results never depend on it: whatever a logger fails at costs one line on the terminal, and a server
+that is away a bounded wait. A W&B run has
 the scores under the names of ``metrics.json``, and for each split ``<split>/curve``, the scores at
 every threshold, and ``<split>/classes``, the IoU of each class; ``pictures/<id>`` and
 ``overlays/<id>`` show the same pictures in every run.
@@ -11,6 +12,7 @@ import os
 import re
 import secrets
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,12 @@ from lpcam.storage.ranks import is_main_process
 
 OWN_DATA_DIR = "WANDB_DATA_DIR" not in os.environ
 STEP = "trainer/global_step"  # the step of all that Lightning logs
+# Seconds that W&B gets to start a run, to answer a question, and to send what is left at the end:
+# 300 MB, the checkpoint of a large backbone, pass in two minutes at 20 Mbit/s.
+STARTING, ANSWERING, SENDING = 30.0, 4.0, 120.0
+# Seconds for which jobs are recorded offline after a failure: each would wait for as long again.
+PAUSE = 600.0
+_outage = ("", 0.0)  # why W&B's server is left alone, and until when
 
 
 def wandb_logger(
@@ -35,7 +43,8 @@ def wandb_logger(
 ) -> WandbLogger:
     """A W&B logger that needs no account.
 
-    When nobody is logged in the run is recorded offline, and one line says how to send it later.
+    When nobody is logged in, or the server does not answer, the run is recorded offline, and one
+    line says why and how to send it later.
     The run's id is kept in ``wandb_id.txt``: a killed run that starts again in its folder goes on
     under the same id.
 
@@ -49,12 +58,10 @@ def wandb_logger(
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    mode = os.environ.get("WANDB_MODE")
-    if mode not in ("online", "disabled"):
-        mode = "offline" if mode or not wandb.login(prompt=False) else "online"
+    mode, why = _mode()
     Path(folder).mkdir(parents=True, exist_ok=True)
     if mode == "offline":
-        print(f"W&B: recording offline; send it with  wandb sync {folder}/wandb/offline-run-*")
+        _tell_offline(folder, why)
     if OWN_DATA_DIR:
         # Tables wait there until they are sent: with their run, not in a home that may be full.
         os.environ["WANDB_DATA_DIR"] = f"{folder}/wandb"
@@ -70,8 +77,51 @@ def wandb_logger(
             silent=True,
             console="off",  # progress bars; Hydra keeps a log
             x_save_requirements=False,  # listing the installed packages takes 0.4 s a run
+            init_timeout=STARTING,
+            finish_timeout=SENDING,
+            finish_timeout_raises=True,
+            x_graphql_retry_max=20,  # W&B's own values: what is sent outlives a short outage
+            x_graphql_timeout_seconds=30,
         ),
     )
+
+
+def _mode() -> tuple[str, str]:
+    """How the next run is recorded, and why offline."""
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode == "disabled":
+        return mode, ""
+    if mode != "online":
+        return "offline", f"WANDB_MODE={mode}"
+    cause, until = _outage
+    if time.monotonic() < until:
+        return "offline", cause
+    try:
+        # Asked twice: W&B's 20 tries outlast its own limits, and then it cannot name the cause.
+        wandb.setup(
+            wandb.Settings(
+                x_graphql_retry_max=1,
+                x_graphql_retry_wait_min_seconds=1,
+                x_graphql_retry_wait_max_seconds=1,
+                x_graphql_timeout_seconds=ANSWERING,
+            )
+        )
+        return ("online", "") if wandb.login(prompt=False) else ("offline", "not logged in")
+    except wandb.Error as error:
+        return "offline", _pause(error)
+
+
+def _pause(error: Exception) -> str:
+    """Leave W&B's server alone for a while; give the cause as one line."""
+    global _outage
+    _outage = (_line(error), time.monotonic() + PAUSE)
+    return _outage[0]
+
+
+def _tell_offline(folder: str, why: str) -> None:
+    print(f"W&B: {why}; recording offline, send it with  wandb sync {folder}/wandb/offline-run-*")
 
 
 def _run_id(folder: Path) -> str | None:
@@ -107,11 +157,32 @@ def start(
     flat = {**_flat(config), **choices}
     if "refiner" in choices:
         flat["refined"] = f"{choices['refiner']}({flat.get('refiner/source')})"
+    if isinstance(logger, WandbLogger):
+        _begin(logger)
     logger.log_hyperparams(flat)
     if isinstance(logger, WandbLogger):
         logger.experiment.name = run_name(flat)
         summarise(logger, summaries or {})
     return logger
+
+
+def _begin(logger: WandbLogger) -> None:
+    """Start W&B's run, offline if its server fails."""
+    import wandb
+
+    options = logger._wandb_init
+    try:
+        _ = logger.experiment
+    except wandb.Error as error:
+        if options["mode"] != "online":
+            raise
+        _tell_offline(options["dir"], _pause(error))
+        options["mode"] = "offline"
+        _ = logger.experiment
+    if options["mode"] == "online":
+        # W&B asks its server before it records a table or a file. Once connected it records them
+        # without an answer, too, so that they can be sent later.
+        logger.experiment._public_api()
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -157,10 +228,23 @@ def finish() -> None:
     Without it the next job of a sweep would go on writing to this run.
     """
     if "wandb" in sys.modules:
-        import wandb
-
+        failed = sys.exception() is not None
         with tolerated():
-            wandb.finish(exit_code=int(sys.exception() is not None))
+            _end(failed)
+
+
+def _end(failed: bool) -> None:
+    """End W&B's run; what could not be sent in time stays in its folder."""
+    import wandb
+
+    run = wandb.run
+    try:
+        wandb.finish(exit_code=int(failed))
+    except TimeoutError:
+        assert run is not None
+        why = _pause(TimeoutError(f"its server did not take a run in {SENDING:.0f} s"))
+        later = f"send the rest with  wandb sync {run.settings.sync_dir}"
+        print(f"warning: W&B: {why}, results are not affected; {later}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -182,15 +266,30 @@ def tolerated() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        line = text.strip().splitlines()[0]
-        print(f"warning: not logged, results are not affected: {line}", file=sys.stderr)
+        warn(error)
         if "wandb" in sys.modules:
             import wandb
 
             with contextlib.suppress(Exception):
-                wandb.finish(exit_code=1)
+                _end(failed=True)
             if wandb.run is not None:  # its service does not answer: the next job needs another
                 with contextlib.suppress(Exception):
                     wandb.teardown()
                 wandb.run = None
+
+
+def warn(error: Exception, what: str = "") -> None:
+    """Make one line of what a logger failed at.
+
+    Args:
+        error: The failure.
+        what: The part that is not logged; everything by default.
+    """
+    line = _line(error)
+    if not isinstance(error, InputError):
+        line = f"{type(error).__name__}: {line}"
+    print(f"warning: {what}not logged, results are not affected: {line}", file=sys.stderr)
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -9,7 +9,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 
 from lpcam.evaluation.segmentation import IGNORED, SegmentationResult
 from lpcam.reporting.shown import Shown
-from lpcam.reporting.tracking import summarise
+from lpcam.reporting.tracking import summarise, warn
 
 CURVE = ("miou", "precision", "recall")
 
@@ -45,12 +45,12 @@ def log_results(
 
     summarise(logger, {key: "max" for key in metrics if key.endswith("/miou")})
     logger.log_metrics(dict(metrics))
-    log_files(logger, made or {}, used or {})
     content: dict[str, Any] = {**_curves(scores), **_class_tables(scores, classes)}
     for picture in shown:
         content |= _images(picture, classes)
     content |= {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}
     logger.experiment.log(content)
+    log_files(logger, made or {}, used or {})
 
 
 def log_files(
@@ -59,7 +59,7 @@ def log_files(
     """Keep files as W&B artifacts, as results of the run or as what it was made from.
 
     Equal content under an equal name is one version to W&B, whichever run comes first, so a file
-    that one run made and another used links the two.
+    that one run made and another used links the two. A file that cannot be kept costs one line.
 
     Args:
         logger: From :func:`start`; other loggers than W&B's keep no files.
@@ -68,19 +68,25 @@ def log_files(
     """
     if not isinstance(logger, WandbLogger) or logger.experiment.disabled:
         return
+    for name, path in [*made.items(), *(used or {}).items()]:
+        try:
+            _log_file(logger, name, path, used=name not in made)
+        except Exception as error:
+            warn(error, f"artifact {name} ")
+
+
+def _log_file(logger: WandbLogger, name: str, path: Path, used: bool) -> None:
     import wandb
 
-    for name, path in [*made.items(), *(used or {}).items()]:
-        artifact = wandb.Artifact(name, name.split("-")[0])
-        # Immutable: sent from where it lies, not copied first.
-        artifact.add_file(str(path), policy="immutable")
-        if name in made:
-            logger.experiment.log_artifact(artifact)
-        elif logger.experiment.offline:
-            # use_artifact refuses offline runs; this writes the record that it would.
-            logger.experiment._log_artifact(artifact, is_user_created=True, use_after_commit=True)
-        else:
-            logger.experiment.use_artifact(artifact)
+    artifact = wandb.Artifact(name, name.split("-")[0])
+    # Immutable: sent from where it lies, not copied first.
+    artifact.add_file(str(path), policy="immutable")
+    if used:
+        # Not use_artifact, which refuses offline runs and waits without end for a server that is
+        # away; this writes the record that it would.
+        logger.experiment._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+    else:
+        logger.experiment.log_artifact(artifact)
 
 
 def _curves(scores: Mapping[str, Mapping[str, SegmentationResult]]) -> dict[str, Any]:

@@ -1,14 +1,8 @@
-"""From maps to masks: the rule that decides a pixel, and the palette PNG that keeps it."""
-
-import io
-from pathlib import Path
+"""From maps to masks: the rule that decides a pixel."""
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-
-from lpcam.storage.files import write_atomically
 
 
 def seed_mask(maps: Tensor, keys: np.ndarray, background: float) -> np.ndarray:
@@ -41,7 +35,7 @@ def mark_unsure(mask: np.ndarray, maps: Tensor, background: float, band: float) 
     Returns:
         A new mask ``(H, W)`` uint8.
     """
-    if not len(maps):
+    if not len(maps) or band == 0:
         return mask
     sure = (maps.amax(0) - background).abs().numpy() >= band
     return np.where(sure, mask, 255).astype(np.uint8)
@@ -63,21 +57,3 @@ def scores_of_labels(maps: Tensor, labels: Tensor) -> Tensor:
     wins = torch.arange(1, len(maps) + 1)[:, None, None] == labels
     # Above 0.5, float16 goes in steps of 2^-11.
     return torch.where(wins, 0.5 + (maps / 2).clamp_min(2**-11), maps / 2)
-
-
-def palette() -> list[int]:
-    """The colours of VOC's masks: 256 RGB triples, each bit of a label spread over the channels."""
-    colours = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        channel, shift = bit % 3, 7 - bit // 3
-        colours[:, channel] |= (((np.arange(256) >> bit) & 1) << shift).astype(np.uint8)
-    return [int(value) for value in colours.flatten()]
-
-
-def save_mask(path: Path, mask: np.ndarray) -> None:
-    """Write a mask ``(H, W)`` uint8 as a palette PNG."""
-    image = Image.fromarray(mask)
-    image.putpalette(palette())
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())

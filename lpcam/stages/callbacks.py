@@ -19,6 +19,7 @@ from lpcam.models.host import Host
 from lpcam.prototypes.maps import HostViews, MapMaker, sampled_maps
 from lpcam.seeds.record import SeedRecord, save_seed
 from lpcam.storage.files import write_atomically
+from lpcam.storage.parallel import Beside
 
 
 class FeatureCallback(BasePredictionWriter):
@@ -89,6 +90,8 @@ class LPCAMCallback(BasePredictionWriter):
         self.maker = maker
         self.folders = folders
         self.kept = kept
+        # The next forward pass does not wait for files to be compressed and written.
+        self._writing = Beside()
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the directions to where the features will be."""
@@ -105,16 +108,27 @@ class LPCAMCallback(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write the pictures of one batch."""
-        if self.kept is not None:
-            halves = [views.features.sum(0).half().cpu().numpy() for views in prediction]
-            for place, image_id in enumerate(batch["ids"]):
-                buffer = io.BytesIO()
-                np.savez(buffer, *[half[place] for half in halves])
-                write_atomically(self.kept / f"{image_id}.npz", buffer.getvalue())
         assert isinstance(pl_module, Host)
         labels = batch["labels"].bool()
         maps = self.maker(prediction, labels, batch["size"], pl_module.finish)
-        write_maps(self.folders, batch["ids"], maps, labels, batch["size"])
+        if self.kept is not None:
+            halves = [views.features.sum(0).half().cpu().numpy() for views in prediction]
+            self._writing.call(_write_features, self.kept, batch["ids"], halves)
+        halved = [found.half().cpu() for found in maps]
+        size = batch["size"]
+        self._writing.call(write_maps, self.folders, batch["ids"], halved, labels.cpu(), size)
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait for the last files."""
+        self._writing.finish()
+
+
+def _write_features(folder: Path, ids: Sequence[str], scales: Sequence[np.ndarray]) -> None:
+    """Write the features ``(B, D, h, w)`` of each scale, a file a picture."""
+    for place, image_id in enumerate(ids):
+        buffer = io.BytesIO()
+        np.savez(buffer, *[features[place] for features in scales])
+        write_atomically(folder / f"{image_id}.npz", buffer.getvalue())
 
 
 def write_maps(

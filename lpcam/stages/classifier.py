@@ -1,23 +1,32 @@
 """The stage that trains the host, on pictures or on their features."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pydantic
+from PIL import Image
+from pydantic import Field
 from pytorch_lightning.callbacks import LearningRateMonitor
+from torch import Tensor
 
 from lpcam.data.crops import RandomCrop, by_long_side
-from lpcam.data.dataset import Picture, SegmentationDataset, fingerprint, multi_hot
+from lpcam.data.dataset import SegmentationDataset, fingerprint, multi_hot
 from lpcam.data.loaders import pooled_loader, train_loader
 from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
 from lpcam.models.host import Host
-from lpcam.models.training import MakeTrainer, fit
-from lpcam.settings import CHECKED, Count
+from lpcam.models.training import MakeTrainer, fit, per_process
+from lpcam.settings import CHECKED, Count, Pair
 from lpcam.stages.features import features, read_features
+from lpcam.storage.files import write_json
+from lpcam.storage.ranks import is_main_process
 from lpcam.storage.store import Stage
+
+Side = Annotated[int, Field(ge=1, le=8192)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
@@ -35,8 +44,8 @@ class Fitting:
     epochs: Count
     validate_every: Count
     batch_size: Count
-    long_side: tuple[Count, Count] | None = None
-    crop: Count | None = None
+    long_side: Pair[Side] | None = None
+    crop: Side | None = None
 
 
 def classifier_stage(
@@ -44,11 +53,17 @@ def classifier_stage(
     dataset: SegmentationDataset,
     backbone: Backbone,
     settings: Mapping[str, Any],
+    *,
     seed: int,
+    precision: str,
 ) -> Stage:
-    """Where the trained host for these settings lies, or will lie: ``last.ckpt``."""
+    """Where the trained host for these settings lies, or will lie.
+
+    It holds ``last.ckpt`` and ``metrics.json``, those of the last epoch.
+    """
     inputs = {
         "backbone": backbone.fingerprint,
+        "precision": precision,
         "pictures": fingerprint(dataset.pictures(dataset.train_split)),
         "classes": dataset.classes,
         "settings": dict(settings),
@@ -98,61 +113,70 @@ def train(
         logger: Lightning loggers.
 
     Returns:
-        Metrics of the last epoch; empty when it was trained already.
+        Metrics of the last epoch.
     """
-    with stage.build(resume=True) as folder:
+    with stage.build(resume=True, together=True) as folder:
         if folder is None:
-            return {}
+            return trained_metrics(stage)
+        make_loaders = partial(_picture_loaders, dataset, host, fitting, num_workers)
         if host.frozen:
-            loaders = _feature_loaders(store, make_trainer, dataset, host, fitting, num_workers)
-        else:
-            loaders = _picture_loaders(dataset, host, fitting, num_workers)
-        return fit(
+            pooled = _pooled(store, make_trainer, dataset, host, num_workers)
+            make_loaders = partial(_feature_loaders, pooled, fitting)
+        metrics = fit(
             make_trainer,
             host,
             folder,
-            *loaders,
+            make_loaders,
             epochs=fitting.epochs,
             validate_every=fitting.validate_every,
             logger=logger,
             callbacks=(LearningRateMonitor("step"),) if logger else (),
         )
+        if is_main_process():
+            write_json(folder / "metrics.json", metrics)
+        return metrics
 
 
-def _feature_loaders(
+def trained_metrics(stage: Stage) -> dict[str, float]:
+    """Metrics of the last epoch of a host that is trained."""
+    metrics: dict[str, float] = json.loads((stage.folder / "metrics.json").read_text())
+    return metrics
+
+
+def _pooled(
     store: Path,
     make_trainer: MakeTrainer,
     dataset: SegmentationDataset,
     host: Host,
-    fitting: Fitting,
     num_workers: int,
-) -> list[Any]:
-    """Mean features of both splits in batches."""
-
-    def pooled(split: str, pictures: Sequence[Picture]) -> np.ndarray:
-        local = split == dataset.prototype_split
-        found = features(store, make_trainer, host, pictures, local=local, num_workers=num_workers)
-        return np.stack([read_features(found, picture, "pooled") for picture in pictures])
-
-    loaders: list[Any] = []
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Mean features and labels of the training and the validation split."""
+    found = []
     for split in (dataset.train_split, dataset.val_split):
         pictures = dataset.pictures(split)
-        labels = multi_hot(pictures, len(dataset.classes))
-        loaders.append(
-            pooled_loader(
-                pooled(split, pictures),
-                labels,
-                batch_size=fitting.batch_size,
-                shuffle=not loaders,
-            )
-        )
-    return loaders
+        local = split == dataset.prototype_split
+        stage = features(store, make_trainer, host, pictures, local=local, num_workers=num_workers)
+        pooled = np.stack([read_features(stage, picture, "pooled") for picture in pictures])
+        found.append((pooled, multi_hot(pictures, len(dataset.classes))))
+    return found
+
+
+def _feature_loaders(
+    pooled: Sequence[tuple[np.ndarray, np.ndarray]], fitting: Fitting, processes: int
+) -> tuple[Any, Any]:
+    """Mean features of both splits in batches."""
+    size = per_process(fitting.batch_size, processes, "classifier.batch_size")
+    train, val = pooled
+    return (
+        pooled_loader(*train, batch_size=size),
+        pooled_loader(*val, batch_size=size, shuffle=False),
+    )
 
 
 def _picture_loaders(
-    dataset: SegmentationDataset, host: Host, fitting: Fitting, num_workers: int
-) -> list[Any]:
-    """Random crops of both splits in batches."""
+    dataset: SegmentationDataset, host: Host, fitting: Fitting, num_workers: int, processes: int
+) -> tuple[Any, Any]:
+    """Crops of both splits in batches: random ones to learn from, whole pictures to validate on."""
     if fitting.long_side is None or fitting.crop is None:
         raise InputError("classifier.crop and classifier.long_side: needed to fine-tune")
     crop = RandomCrop(
@@ -161,16 +185,19 @@ def _picture_loaders(
         scale=by_long_side(fitting.long_side),
         crop=fitting.crop,
     )
-    loaders: list[Any] = []
-    for split in (dataset.train_split, dataset.val_split):
-        loaders.append(
-            train_loader(
-                dataset.pictures(split),
-                len(dataset.classes),
-                crop,
-                batch_size=fitting.batch_size,
-                shuffle=not loaders,
-                num_workers=num_workers,
-            )
+    size = per_process(fitting.batch_size, processes, "classifier.batch_size")
+
+    def loader(split: str, transform: Callable[[Image.Image], Tensor], *, shuffle: bool) -> Any:
+        return train_loader(
+            dataset.pictures(split),
+            len(dataset.classes),
+            transform,
+            batch_size=size,
+            shuffle=shuffle,
+            num_workers=num_workers,
         )
-    return loaders
+
+    return (
+        loader(dataset.train_split, crop, shuffle=True),
+        loader(dataset.val_split, crop.whole, shuffle=False),
+    )

@@ -1,19 +1,35 @@
 """The stage of local features at the pictures' own size."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic
+from pydantic import Field
 
 from lpcam.data.dataset import Picture, fingerprint
 from lpcam.errors import InputError
 from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer
+from lpcam.settings import CHECKED
 from lpcam.stages.callbacks import FeatureCallback
-from lpcam.stages.passes import ViewSettings, predict
+from lpcam.stages.passes import ViewSettings, feature_bytes, predict
+from lpcam.storage.ranks import agree
 from lpcam.storage.store import Stage
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
+class FeatureLimit:
+    """How much of the store local features may take; no part of any key.
+
+    Attributes:
+        max_features: GB of the local features of all pictures to cluster.
+    """
+
+    max_features: Annotated[float, Field(ge=0)] = 50.0
 
 
 def features(
@@ -25,6 +41,7 @@ def features(
     local: bool,
     num_workers: int,
     sampled: ViewSettings | None = None,
+    limit: FeatureLimit | None = None,
 ) -> Stage:
     """Features of each picture, not mirrored: ``<id>.npz``.
 
@@ -38,9 +55,11 @@ def features(
         sampled: The views of the maps that local features are going to be split by, kept with the
             features, see :func:`~lpcam.prototypes.maps.sampled_maps`. None for the host's own maps
             of the features themselves, kept only where they cannot be told from the features.
+        limit: What local features that are still to be computed may take. None for no limit.
 
     Raises:
-        InputError: Scale 1, that of the features, is not among the scales.
+        InputError: Scale 1, that of the features, is not among the scales, or the features would
+            take more than the limit.
     """
     inputs: dict[str, Any] = {
         "features": host.feature_key,
@@ -60,7 +79,16 @@ def features(
         maps = "single_view"
         inputs["score"] = host.score_key
     stage = Stage(store, "features", inputs)
-    with stage.build(resume=True) as folder:
+    if local and limit and not agree(stage.done):
+        size = feature_bytes(host, pictures, [1.0]) / 1e9
+        if size > limit.max_features:
+            raise InputError(
+                f"prototypes.max_features={limit.max_features:g}: the local features of "
+                f"{len(pictures)} pictures would take {size:.3g} GB of the store; set "
+                "prototypes.images_per_class=100, as the paper does on COCO, or "
+                f"prototypes.max_features={math.ceil(size)}"
+            )
+    with stage.build(resume=True, together=True) as folder:
         if folder:
             others = [scale for scale in sampled.scales if scale != 1] if sampled else []
             predict(

@@ -1,6 +1,5 @@
 """The stage of maps, of any number of settings from one pass over the pictures."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -17,11 +16,11 @@ from lpcam.models.training import MakeTrainer
 from lpcam.prototypes.maps import HostViews, MapMaker, MapSetting
 from lpcam.settings import CHECKED, Count
 from lpcam.stages.callbacks import LPCAMCallback, write_maps
-from lpcam.stages.passes import ViewSettings, predict
+from lpcam.stages.passes import ViewSettings, feature_bytes, predict
 from lpcam.storage.arrays import read_arrays
 from lpcam.storage.hashing import tensors_digest
 from lpcam.storage.parallel import for_each
-from lpcam.storage.ranks import is_main_process
+from lpcam.storage.ranks import agree, is_main_process
 from lpcam.storage.store import Stage
 
 
@@ -94,7 +93,7 @@ def maps(
     with ExitStack() as stack:
         missing: dict[Path, MapSetting] = {}
         for key in sorted(distinct):  # every process takes the locks in the same order
-            folder = stack.enter_context(stages[distinct[key]].build(resume=True))
+            folder = stack.enter_context(stages[distinct[key]].build(resume=True, together=True))
             if folder:
                 missing[folder] = settings[distinct[key]]
         if not missing:
@@ -102,11 +101,11 @@ def maps(
         kept = None
         wanted = list(missing.values())
         if not host.finishes and (
-            views.done
-            or _feature_bytes(host, pictures, inference.scales) <= inference.keep_features * 1e9
+            agree(views.done)
+            or feature_bytes(host, pictures, inference.scales) <= inference.keep_features * 1e9
         ):
             # Where another process is making them this waits, and finds them done.
-            kept = stack.enter_context(views.build(resume=True)) or views.folder
+            kept = stack.enter_context(views.build(resume=True, together=True)) or views.folder
         maker = MapMaker(wanted, eps=inference.eps, rounded=kept is not None)
         if kept == views.folder and all(setting.directions is not None for setting in wanted):
             if is_main_process():
@@ -125,19 +124,6 @@ def maps(
             num_workers=num_workers,
         )
     return stages
-
-
-def _feature_bytes(host: Host, pictures: Sequence[Picture], scales: Sequence[float]) -> float:
-    """Bytes of the kept features of all scales."""
-    positions = 0
-    for picture in pictures:
-        with open_image(picture.path, decode=False) as image:
-            positions += sum(
-                math.ceil(image.width * scale / host.stride)
-                * math.ceil(image.height * scale / host.stride)
-                for scale in scales
-            )
-    return 2.0 * positions * host.backbone.dim
 
 
 def _maps_from_kept(

@@ -1,5 +1,6 @@
 """A pass over pictures with a host, which callbacks turn into files."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import pydantic
 from pydantic import AfterValidator, Field
 from pytorch_lightning.callbacks import Callback
 
-from lpcam.data.dataset import Picture
+from lpcam.data.dataset import Picture, open_image
 from lpcam.data.loaders import view_loader
 from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer
@@ -31,6 +32,28 @@ class ViewSettings:
 
     scales: Annotated[tuple[Scale, ...], Field(min_length=1), AfterValidator(_once)]
     flip: bool
+
+
+def feature_bytes(host: Host, pictures: Sequence[Picture], scales: Sequence[float]) -> float:
+    """Bytes of the local features of all scales in half precision, from the pictures' sizes.
+
+    Args:
+        host: The host; its stride and its channels count.
+        pictures: The pictures; only the heads of their files are read.
+        scales: Factors on the pictures' size.
+
+    Raises:
+        InputError: A picture cannot be read.
+    """
+    positions = 0
+    for picture in pictures:
+        with open_image(picture.path, decode=False) as image:
+            positions += sum(
+                math.ceil(image.width * scale / host.stride)
+                * math.ceil(image.height * scale / host.stride)
+                for scale in scales
+            )
+    return 2.0 * positions * host.backbone.dim
 
 
 def predict(

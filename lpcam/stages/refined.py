@@ -55,13 +55,14 @@ def refined(
         pictures = dataset.pictures(train_split)
         inputs = {
             "backbone": host.backbone.fingerprint,
+            "precision": host.precision,
             "maps": found[train_split].key,
             "pictures": fingerprint(pictures),
             "settings": dict(refiner.training_inputs()),
             "seed": seed,
         }
         trained = Stage(store, f"{type(refiner).__name__.lower()}_network", inputs)
-        with trained.build(resume=True) as folder:
+        with trained.build(resume=True, together=True) as folder:
             if folder:
                 pl.seed_everything(seed, verbose=False)
                 refiner.fit(

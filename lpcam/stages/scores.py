@@ -80,7 +80,7 @@ def _score(
                     )
                 counts = total.count(seed.full_size(), seed.keys, mask)
                 with adding:
-                    total.histogram += counts
+                    total.add(counts, seed.keys)
 
         if todo:
             for_each(score, pictures, "Scoring")

@@ -1,8 +1,9 @@
-"""One function over many pictures, on all cores."""
+"""One function over many pictures, on all cores, or beside a pass that keeps the cores busy."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import track
@@ -30,3 +31,27 @@ def for_each(function: Callable[[T], None], items: Sequence[T], title: str) -> N
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # some of torch's libraries have one number for all threads
+
+
+class Beside:
+    """Calls functions in order on one thread of their own, a bounded number of them waiting.
+
+    What they raise is raised by a later :meth:`call`, or at the end.
+    """
+
+    def __init__(self, waiting: int = 8) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._futures: deque[Future[Any]] = deque()
+        self._waiting = waiting
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function soon; wait first while too many wait already."""
+        self._futures.append(self._pool.submit(function, *arguments))
+        while len(self._futures) > self._waiting:
+            self._futures.popleft().result()
+
+    def finish(self) -> None:
+        """Wait until all are done; nothing can be called after that."""
+        while self._futures:
+            self._futures.popleft().result()
+        self._pool.shutdown()

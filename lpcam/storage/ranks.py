@@ -1,9 +1,42 @@
-"""Which process of a distributed job this is."""
+"""The processes of a distributed job: which one this is, and how they keep together.
 
-import os
+Lightning starts them, and joins them when its first trainer runs. Before that there is nothing to
+wait for: each process comes by the same way to the trainer that joins them.
+"""
+
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def is_main_process() -> bool:
-    """Whether this is the first, or only, process of a distributed job."""
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+    """Whether this is the first, or only, process of the job."""
+    from pytorch_lightning.utilities import rank_zero_only
+
+    # Lightning sets it, from the environment at first and from its trainers later.
+    return bool(vars(rank_zero_only)["rank"] == 0)
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    if _joined():
+        import torch
+
+        torch.distributed.barrier()
+
+
+def agree(value: T) -> T:
+    """What the first process says, in all of them."""
+    if not _joined():
+        return value
+    import torch
+
+    said: list[Any] = [value]
+    torch.distributed.broadcast_object_list(said)
+    return said[0]
+
+
+def _joined() -> bool:
+    import torch
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from lpcam.storage.files import write_json
 from lpcam.storage.hashing import digest
-from lpcam.storage.ranks import is_main_process
+from lpcam.storage.ranks import agree, barrier, is_main_process
 
 
 class Stage:
@@ -28,15 +28,18 @@ class Stage:
         root: The store's folder.
         name: What kind of result it is ("features", "maps", ...).
         inputs: Every value that the result depends on, hashes of upstream stages included.
+        version: Of the formula; raised when equal inputs give another result than before.
 
     Attributes:
         folder: Where the result lies once it is there.
         seconds: What it took, if this object computed it.
     """
 
-    def __init__(self, root: Path, name: str, inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, root: Path, name: str, inputs: Mapping[str, Any], *, version: int = 1
+    ) -> None:
         self.name = name
-        self.inputs = dict(inputs)
+        self.inputs = {**inputs, "version": version}
         self.key = digest({"stage": name, **self.inputs})
         self.folder = root / name / self.key
         self.seconds: float | None = None
@@ -54,38 +57,39 @@ class Stage:
         return manifest
 
     @contextlib.contextmanager
-    def build(self, *, resume: bool = False) -> Iterator[Path | None]:
+    def build(self, *, resume: bool = False, together: bool = False) -> Iterator[Path | None]:
         """Compute the stage unless it is there.
 
         Args:
             resume: Keep what an earlier, killed process left in the folder.
+            together: All processes of a distributed job compute it; they go on together once it
+                has its name. Otherwise one process does, whichever comes first, and others wait.
 
         Yields:
             The folder to fill, or None when nothing is left to do. If the body raises, the folder
             keeps its temporary name.
         """
-        if self.done:
-            yield None
-            return
+        finishes = not together or is_main_process()
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        if not is_main_process():
-            # Rank 0 of a distributed job holds the lock and finishes the folder for all ranks.
-            self._partial.mkdir(exist_ok=True)
-            yield self._partial
-            return
-        with FileLock(self.folder.with_suffix(".lock")):
-            if self.done:
+        lock = FileLock(self.folder.with_suffix(".lock"))
+        with lock if finishes and not self.done else contextlib.nullcontext():
+            if agree(self.done) if together else self.done:
                 yield None
                 return
-            if not resume:
+            if finishes and not resume:
                 shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(exist_ok=True)
             start = time.perf_counter()
             yield self._partial
-            self.seconds = round(time.perf_counter() - start, 3)
-            manifest = {"stage": self.name, "inputs": self.inputs, "seconds": self.seconds}
-            write_json(self._partial / "manifest.json", manifest)
-            self._partial.rename(self.folder)
+            if together:
+                barrier()  # every process has written its part
+            if finishes:
+                self.seconds = round(time.perf_counter() - start, 3)
+                manifest = {"stage": self.name, "inputs": self.inputs, "seconds": self.seconds}
+                write_json(self._partial / "manifest.json", manifest)
+                self._partial.rename(self.folder)
+            if together:
+                barrier()
 
 
 def _size(folder: Path) -> int:

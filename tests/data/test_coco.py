@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
+from pydantic import ValidationError
 
 from lpcam.data.coco import CLASSES, COCO
 from lpcam.data.dataset import Picture
@@ -166,10 +167,12 @@ def test_a_crowd_is_what_the_setting_says(tmp_path, crowd, labels, value):
 
 
 def test_the_settings_are_checked(tmp_path):
-    with pytest.raises(InputError, match=r"^dataset\.crowd: 'none'; choose from background, ign"):
+    with pytest.raises(ValidationError, match="should be 'background', 'ignore' or 'foreground'"):
         COCO(tmp_path, crowd="none")
-    with pytest.raises(InputError, match=r"^dataset\.unlabelled: 'no'; choose from keep, drop"):
+    with pytest.raises(ValidationError, match="should be 'keep' or 'drop'"):
         COCO(tmp_path, unlabelled="no")
+    with pytest.raises(ValidationError, match="should be 2014 or 2017"):
+        COCO(tmp_path, year=2015)
 
 
 @pytest.mark.parametrize(("unlabelled", "ids"), [("keep", ["a", "b", "c"]), ("drop", ["b"])])
@@ -367,9 +370,9 @@ def test_the_config_says_what_the_code_does(tmp_path):
     write_coco(tmp_path, {"train": samples, "val": samples}, CATEGORIES)
     config = OmegaConf.load(CONF)
     config.root = str(tmp_path)
-    assert instantiate(config).classes == CLASSES
+    assert instantiate(config, _convert_="all").classes == CLASSES
     config.classes = list(NAMES)
-    coco = instantiate(config)
+    coco = instantiate(config, _convert_="all")
     coco.prepare()
     assert coco.used_splits == ("train", "val")
     assert coco.map_splits == ("train",)

@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from lpcam.data.coco import COCO
+from lpcam.data.crops import RandomCrop, by_long_side
 from lpcam.data.dataset import Picture, multi_hot, open_picture
 from lpcam.data.folder import Folder
 from lpcam.data.loaders import train_loader, view_loader
-from lpcam.data.transforms import TrainTransform
 from lpcam.data.voc import VOC
 from lpcam.errors import InputError
 from tests.data.trees import draw_samples, write_coco, write_folder, write_voc
@@ -114,8 +114,8 @@ def test_an_exif_rotation_is_ignored_wherever_pictures_are_read(tmp_path):
     (batch,) = view_loader([picture], 1, scales=[1.0], flip=False, **norm)
     assert tuple(batch["size"]) == (8, 16)
     assert batch["views"][0].shape == (1, 3, 8, 16)
-    transform = TrainTransform(**norm, long_side=(16, 16), crop=16)
-    ((images, _),) = train_loader([picture], 1, transform, batch_size=1)
+    crop = RandomCrop(**norm, scale=by_long_side((16, 16)), crop=16)
+    ((images, _),) = train_loader([picture], 1, crop, batch_size=1)
     rows = images[0, 0].sum(1) > 4  # the picture is as wide as the crop, and half as high
     assert rows.sum() == 8
 

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lpcam.data.crops import RandomCrop, by_long_side
 from lpcam.data.dataset import Picture
 from lpcam.data.loaders import ViewBatch, pooled_loader, train_loader, view_loader
-from lpcam.data.transforms import TrainTransform
 from lpcam.errors import InputError
 
 CLASSES = 3
@@ -118,8 +118,9 @@ def test_a_damaged_picture_is_named(pictures: list[Picture], num_workers: int) -
         list(loader)
 
 
-def byte_transform() -> TrainTransform:
-    return TrainTransform((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), (16, 16), 16)
+def byte_crop() -> RandomCrop:
+    scale = by_long_side((16, 16))
+    return RandomCrop((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), scale=scale, crop=16)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +137,7 @@ def byte_transform() -> TrainTransform:
 def test_the_last_training_batch(
     pictures: list[Picture], batch_size: int, shuffle: bool, sizes: list[int]
 ) -> None:
-    loader = train_loader(
-        pictures, CLASSES, byte_transform(), batch_size=batch_size, shuffle=shuffle
-    )
+    loader = train_loader(pictures, CLASSES, byte_crop(), batch_size=batch_size, shuffle=shuffle)
     batches = list(loader)
     assert len(loader) == len(sizes)
     assert [len(images) for images, _ in batches] == sizes
@@ -155,7 +154,7 @@ def test_training_pairs(tmp_path: Path, shuffle: bool) -> None:
         Image.new("RGB", (16, 16), (10 * index + 5, 0, 0)).save(path)
         labels = tuple(c for c in range(CLASSES) if index >> c & 1)
         pictures.append(Picture(f"{index}", path, labels))
-    loader = train_loader(pictures, CLASSES, byte_transform(), batch_size=4, shuffle=shuffle)
+    loader = train_loader(pictures, CLASSES, byte_crop(), batch_size=4, shuffle=shuffle)
     torch.manual_seed(42)
     orders = []
     for _ in range(2):
@@ -183,10 +182,10 @@ def test_pooled_pairs(shuffle: bool) -> None:
     assert [len(x) for x, _ in batches] == [3, 3, 1]
     order = []
     for x, y in batches:
-        for features, own in zip(x, y, strict=True):
+        for features, shown in zip(x, y, strict=True):
             number = int(features[0]) // 5
             np.testing.assert_array_equal(features.numpy(), pooled[number])
-            np.testing.assert_array_equal(own.numpy(), labels[number])
+            np.testing.assert_array_equal(shown.numpy(), labels[number])
             order.append(number)
     assert sorted(order) == list(range(7))
     assert (order == list(range(7))) is not shuffle

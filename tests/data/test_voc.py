@@ -248,7 +248,7 @@ def test_the_config_says_what_the_code_does(tree):
     list_file(tree, "train_aug").write_text("dot\n")
     config = OmegaConf.load(CONF)
     config.root = str(tree)
-    voc = instantiate(config)
+    voc = instantiate(config, _convert_="all")
     voc.prepare()
     assert voc.classes == CLASSES
     assert voc.used_splits == ("train_aug", "val", "train")

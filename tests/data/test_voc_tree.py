@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from lpcam.data.shapes import Shapes
 from lpcam.data.voc import VOC
@@ -205,9 +206,13 @@ def test_two_processes_do_not_collide(built, tmp_path):
     ],
 )
 def test_a_setting_out_of_range_is_named(tmp_path, setting, value):
-    with pytest.raises(InputError, match=rf"^dataset\..*{setting}.*give values from") as caught:
+    with pytest.raises(ValidationError, match=rf"(?m)^{setting}\b"):
         shapes(tmp_path, **{setting: value})
-    assert "\n" not in str(caught.value)
+
+
+def test_only_the_splits_that_are_made_can_be_named(tmp_path):
+    with pytest.raises(InputError, match=r"no split 'test'; choose from train, val$"):
+        shapes(tmp_path, map_splits=["train", "test"])
 
 
 def test_a_root_that_cannot_be_made_is_named(tmp_path):

@@ -1,4 +1,5 @@
 import gc
+import math
 import resource
 import subprocess
 import sys
@@ -270,8 +271,9 @@ def test_features_computed_before_give_the_same_prototypes() -> None:
 
     for given in (features, np.stack(features), features.__getitem__):
         ready = cam.fit_features(given, np.concatenate(labels), progress=False).prototypes
-        for a, b in zip(streamed.own + streamed.context, ready.own + ready.context, strict=True):
-            assert torch.equal(a, b)
+        for side in ("foreground", "context"):
+            for a, b in zip(getattr(streamed, side), getattr(ready, side), strict=True):
+                assert torch.equal(a, b)
 
 
 def test_pictures_of_different_sizes_and_batches_without_any_label() -> None:
@@ -499,7 +501,7 @@ def test_a_runs_prototypes_load_into_a_classifier_of_their_shape(
 ) -> None:
     path = tmp_path / "prototypes.safetensors"
     found = resnet.prototypes
-    Prototypes(tuple("abcdefgh"), found.own, found.context, found.indices).save(path)
+    Prototypes(tuple("abcdefgh"), found.foreground, found.context, found.indices).save(path)
     images, _ = next(random_batches(seed=1))
 
     loaded = LPCAM.load(path, resnet.model)
@@ -516,7 +518,13 @@ def test_a_runs_prototypes_load_into_a_classifier_of_their_shape(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"k": 0}, "k=0: needs at least one"),
+        ({"k": 0}, "^k=0: should be greater than or equal to 1$"),
+        ({"k": 2.5}, r"^k=2\.5: should be a valid integer$"),
+        ({"activation": 1.5}, r"^activation=1\.5: should be less than or equal to 1$"),
+        ({"class_score": math.nan}, "^class_score=nan: should be a finite number$"),
+        ({"context_floor": "low"}, "^context_floor='low': should be a valid number$"),
+        ({"max_iter": 0}, "^max_iter=0: should be greater than or equal to 1$"),
+        ({"seed": -1}, "^seed=-1: should be greater than or equal to 0$"),
         ({"signed": "abs"}, "signed=abs: unknown; choose keep, relu, center"),
         ({"classes": ["a", "b"]}, "2 names for the 3 scores of the layer fc"),
         ({"example": torch.randn(2, 4, 8, 8)}, r"does not run on pictures of \(2, 4, 8, 8\)"),

@@ -20,7 +20,7 @@ from lpcam.explain.export import (
     export_program,
     save_masks,
 )
-from lpcam.seeds.masks import save_mask
+from lpcam.seeds.palette import save_mask
 
 OPTIONS = {
     "resnet18": {},

@@ -17,7 +17,7 @@ from lpcam.models.backbones import build_backbone
 from tests.conftest import ROOT
 
 testing = pytest.importorskip("streamlit.testing.v1", reason="needs the extra 'demo'")
-PAGE = ROOT / "lpcam" / "demo.py"
+PAGE = ROOT / "lpcam" / "explain" / "page.py"
 CAT, TABBY = 281, 282
 
 

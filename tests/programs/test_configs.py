@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from lpcam.programs.entry import ALLOWED_MODULES
+from lpcam.programs.build import ALLOWED_MODULES
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -60,7 +60,7 @@ def test_options_of_a_group_have_the_same_keys(group: str) -> None:
         set(config("train", f"{group}={path.stem}")[group]) - {"strategy"}
         for path in (CONF / group).glob("*.yaml")
     ]
-    assert all(own == keys[0] for own in keys)
+    assert all(found == keys[0] for found in keys)
 
 
 def test_train_and_infer_agree_on_the_classifier() -> None:

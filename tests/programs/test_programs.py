@@ -30,10 +30,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def own(trained: Path, tmp_path: Path) -> Path:
+def copied(trained: Path, tmp_path: Path) -> Path:
     """A copy of that folder, to break."""
-    shutil.copytree(trained, tmp_path / "own")
-    return tmp_path / "own"
+    shutil.copytree(trained, tmp_path / "copy")
+    return tmp_path / "copy"
 
 
 def checkpoint(root: Path) -> Path:
@@ -52,23 +52,23 @@ def test_train_leaves_a_safe_checkpoint_and_its_scores(trained: Path) -> None:
     assert set(metrics(trained, "train")) == {"train/loss", "val/loss", "val/map", "val/f1"}
 
 
-def test_the_same_training_is_not_done_twice(program, own: Path) -> None:
-    before = checkpoint(own).stat().st_mtime_ns
-    outcome = program("train", *TINY, *TINY_TRAIN, *at(own))
+def test_the_same_training_is_not_done_twice(program, copied: Path) -> None:
+    before = checkpoint(copied).stat().st_mtime_ns
+    outcome = program("train", *TINY, *TINY_TRAIN, *at(copied))
     assert outcome.status == 0
     assert "Already trained" in outcome.stdout
-    assert checkpoint(own).stat().st_mtime_ns == before
+    assert checkpoint(copied).stat().st_mtime_ns == before
 
 
-def test_infer_writes_everything_and_scores_it(program, own: Path) -> None:
-    outcome = program("infer", *TINY, *TINY_INFER, *at(own))
+def test_infer_writes_everything_and_scores_it(program, copied: Path) -> None:
+    outcome = program("infer", *TINY, *TINY_INFER, *at(copied))
     assert outcome.status == 0, outcome.stderr
-    run = own / "run"
+    run = copied / "run"
     ids = {f"{split}_{i:05d}" for split, n in (("train", 16), ("val", 8)) for i in range(n)}
     assert {path.stem for path in (run / "maps").iterdir()} == ids
     assert {path.stem for path in (run / "masks").iterdir()} == ids
 
-    (tree,) = own.glob("data/shapes/seed0-*[0-9a-f]")
+    (tree,) = copied.glob("data/shapes/seed0-*[0-9a-f]")
     for image_id in ids:
         picture = Image.open(tree / "JPEGImages" / f"{image_id}.jpg")
         with np.load(run / "maps" / f"{image_id}.npz", allow_pickle=False) as seed:
@@ -83,7 +83,7 @@ def test_infer_writes_everything_and_scores_it(program, own: Path) -> None:
         assert mask.size == picture.size
         assert set(np.unique(np.asarray(mask))) <= values
 
-    values = metrics(own, "run")
+    values = metrics(copied, "run")
     assert all(0 <= value <= 1 for value in values.values())
     for split in ("train", "val"):
         for stage in ("cam", "lpcam", "lpcam_class"):
@@ -94,46 +94,46 @@ def test_infer_writes_everything_and_scores_it(program, own: Path) -> None:
             }  # fmt: skip
     prototypes = Prototypes.load(run / "prototypes.safetensors")
     assert prototypes.classes == ("ringhead", "stripehead", "spothead", "checkhead")
-    assert all(len(own) for own in prototypes.own)
+    assert all(len(vectors) for vectors in prototypes.foreground)
     for name in ("config.yaml", "report.html", "DONE.json", "figures/gallery.png"):
         assert (run / name).stat().st_size > 100
     assert "LPCAM" in outcome.stdout
 
 
-def test_what_changes_nothing_changes_nothing(program, own: Path) -> None:
+def test_what_changes_nothing_changes_nothing(program, copied: Path) -> None:
     """Batch size, worker processes and the order of scales leave every score as it is."""
-    program("infer", *TINY, *TINY_INFER, *at(own, "first"))
-    shutil.rmtree(own / "store" / "maps")
+    program("infer", *TINY, *TINY_INFER, *at(copied, "first"))
+    shutil.rmtree(copied / "store" / "maps")
     changed = ("inference.batch_size=5", "num_workers=2", "inference.scales=[1.0,0.5]")
-    program("infer", *TINY, *TINY_INFER, *changed, *at(own, "second"))
-    first, second = metrics(own, "first"), metrics(own, "second")
+    program("infer", *TINY, *TINY_INFER, *changed, *at(copied, "second"))
+    first, second = metrics(copied, "first"), metrics(copied, "second")
     assert first.keys() == second.keys()
     assert first == pytest.approx(second, abs=2e-3)
 
 
-def test_a_second_run_reuses_every_stage(program, own: Path) -> None:
-    program("infer", *TINY, *TINY_INFER, *at(own, "first"))
-    stages = sorted(own.glob("store/*/*/manifest.json"))
+def test_a_second_run_reuses_every_stage(program, copied: Path) -> None:
+    program("infer", *TINY, *TINY_INFER, *at(copied, "first"))
+    stages = sorted(copied.glob("store/*/*/manifest.json"))
     times = [path.stat().st_mtime_ns for path in stages]
-    program("infer", *TINY, *TINY_INFER, *at(own, "second"))
-    assert sorted(own.glob("store/*/*/manifest.json")) == stages
+    program("infer", *TINY, *TINY_INFER, *at(copied, "second"))
+    assert sorted(copied.glob("store/*/*/manifest.json")) == stages
     assert [path.stat().st_mtime_ns for path in stages] == times
-    assert metrics(own, "first") == metrics(own, "second")
+    assert metrics(copied, "first") == metrics(copied, "second")
 
 
-def test_a_threshold_repeats_neither_features_nor_clustering(program, own: Path) -> None:
-    program("infer", *TINY, *TINY_INFER, *at(own, "first"))
-    before = {path for name in ("features", "centers") for path in own.glob(f"store/{name}/*")}
-    program("infer", *TINY, *TINY_INFER, "thresholds.class_score=0.3", *at(own, "second"))
-    after = {path for name in ("features", "centers") for path in own.glob(f"store/{name}/*")}
+def test_a_threshold_repeats_neither_features_nor_clustering(program, copied: Path) -> None:
+    program("infer", *TINY, *TINY_INFER, *at(copied, "first"))
+    before = {path for name in ("features", "centers") for path in copied.glob(f"store/{name}/*")}
+    program("infer", *TINY, *TINY_INFER, "thresholds.class_score=0.3", *at(copied, "second"))
+    after = {path for name in ("features", "centers") for path in copied.glob(f"store/{name}/*")}
     assert before == after
 
 
 @pytest.mark.parametrize("use", ["class", "context"])
-def test_one_kind_of_prototype_alone(program, own: Path, use: str) -> None:
-    outcome = program("infer", *TINY, *TINY_INFER, f"prototypes.use={use}", *at(own))
+def test_one_kind_of_prototype_alone(program, copied: Path, use: str) -> None:
+    outcome = program("infer", *TINY, *TINY_INFER, f"prototypes.use={use}", *at(copied))
     assert outcome.status == 0, outcome.stderr
-    maps = [np.load(path)["maps"] for path in (own / "run" / "maps").glob("val*")]
+    maps = [np.load(path)["maps"] for path in (copied / "run" / "maps").glob("val*")]
     assert all(float(one.max()) > 0.9 for picture in maps for one in picture)
 
 
@@ -146,42 +146,42 @@ def test_one_kind_of_prototype_alone(program, own: Path, use: str) -> None:
     ],
     ids=lambda options: options[0].split("=")[1],
 )
-def test_a_refiner_makes_scores_and_the_masks(program, own: Path, options: list[str]) -> None:
-    outcome = program("infer", *TINY, *TINY_INFER, *options, "report=false", *at(own))
+def test_a_refiner_makes_scores_and_the_masks(program, copied: Path, options: list[str]) -> None:
+    outcome = program("infer", *TINY, *TINY_INFER, *options, "report=false", *at(copied))
     assert outcome.status == 0, outcome.stderr
-    values = metrics(own, "run")
+    values = metrics(copied, "run")
     assert {f"{split}/refined/miou" for split in ("train", "val")} <= values.keys()
-    (stage, *_) = own.glob("store/refined/*/val_00000.npz")
-    assert stage.read_bytes() == (own / "run" / "refined" / "val_00000.npz").read_bytes()
-    with np.load(own / "run" / "maps" / "val_00000.npz") as seed:
+    (stage, *_) = copied.glob("store/refined/*/val_00000.npz")
+    assert stage.read_bytes() == (copied / "run" / "refined" / "val_00000.npz").read_bytes()
+    with np.load(copied / "run" / "maps" / "val_00000.npz") as seed:
         assert seed["maps"].shape[1:] == tuple((side - 1) // 4 + 1 for side in seed["size"])
-    assert len(list((own / "run" / "masks").iterdir())) == 24
+    assert len(list((copied / "run" / "masks").iterdir())) == 24
 
 
-def test_masks_leave_unsure_pixels_open(program, own: Path) -> None:
-    program("infer", *TINY, *TINY_INFER, "report=false", *at(own, "sure"))
+def test_masks_leave_unsure_pixels_open(program, copied: Path) -> None:
+    program("infer", *TINY, *TINY_INFER, "report=false", *at(copied, "sure"))
     band = "thresholds.unsure_band=0.1"
-    program("infer", *TINY, *TINY_INFER, band, "report=false", *at(own, "unsure"))
+    program("infer", *TINY, *TINY_INFER, band, "report=false", *at(copied, "unsure"))
     opened = 0
-    for path in (own / "sure" / "masks").iterdir():
+    for path in (copied / "sure" / "masks").iterdir():
         sure, other = (
-            np.array(Image.open(own / run / "masks" / path.name)) for run in ("sure", "unsure")
+            np.array(Image.open(copied / run / "masks" / path.name)) for run in ("sure", "unsure")
         )
         open_ = other == 255
         assert (sure[~open_] == other[~open_]).all()
         opened += open_.sum()
     assert opened > 100
-    assert metrics(own, "sure") == metrics(own, "unsure")
+    assert metrics(copied, "sure") == metrics(copied, "unsure")
 
 
-def test_a_refiner_that_lacks_its_files_says_so(program, own: Path) -> None:
-    missing = ["refiner=sam", f"refiner.folder={own / 'nowhere'}"]
-    outcome = program("infer", *TINY, *TINY_INFER, *missing, *at(own))
+def test_a_refiner_that_lacks_its_files_says_so(program, copied: Path) -> None:
+    missing = ["refiner=sam", f"refiner.folder={copied / 'nowhere'}"]
+    outcome = program("infer", *TINY, *TINY_INFER, *missing, *at(copied))
     assert_one_line(outcome, "nowhere")
 
 
-def test_a_finished_run_is_not_repeated(program, own: Path) -> None:
-    run = (*TINY, *TINY_INFER, "report=false", *at(own))
+def test_a_finished_run_is_not_repeated(program, copied: Path) -> None:
+    run = (*TINY, *TINY_INFER, "report=false", *at(copied))
     assert "Already done" not in program("infer", *run).stdout
     assert "Already done" in program("infer", *run).stdout
     assert "Already done" not in program("infer", *run, "thresholds.seed_background=0.3").stdout
@@ -220,8 +220,8 @@ def test_a_failing_training_in_a_sweep_ends_with_status_1(program, tmp_path: Pat
     assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 1  # the other went on
 
 
-def test_infer_says_which_command_trains(program, own: Path) -> None:
-    outcome = program("infer", *TINY, *TINY_INFER, "seed=7", *at(own))
+def test_infer_says_which_command_trains(program, copied: Path) -> None:
+    outcome = program("infer", *TINY, *TINY_INFER, "seed=7", *at(copied))
     assert_one_line(outcome, "no classifier for these settings; train it first:  python train.py")
     assert "seed=7" in outcome.stderr
     assert "prototypes.k" not in outcome.stderr
@@ -250,15 +250,15 @@ def assert_one_line(outcome, *parts: str) -> None:
         (["dataset._target_=lpcam.data.nonsense.X"], ["lpcam.data.nonsense.X"]),
     ],
 )
-def test_bad_settings_end_with_one_line(program, own: Path, overrides, parts) -> None:
-    assert_one_line(program("infer", *TINY, *TINY_INFER, *overrides, *at(own)), *parts)
+def test_bad_settings_end_with_one_line(program, copied: Path, overrides, parts) -> None:
+    assert_one_line(program("infer", *TINY, *TINY_INFER, *overrides, *at(copied)), *parts)
 
 
-def test_a_checkpoint_of_another_class_count(program, own: Path) -> None:
-    state = torch.load(checkpoint(own), weights_only=True)
+def test_a_checkpoint_of_another_class_count(program, copied: Path) -> None:
+    state = torch.load(checkpoint(copied), weights_only=True)
     state["state_dict"]["head.weight"] = state["state_dict"]["head.weight"][:3].clone()
-    torch.save(state, own / "three.ckpt")
-    outcome = program("infer", *TINY, *TINY_INFER, f"ckpt={own / 'three.ckpt'}", *at(own))
+    torch.save(state, copied / "three.ckpt")
+    outcome = program("infer", *TINY, *TINY_INFER, f"ckpt={copied / 'three.ckpt'}", *at(copied))
     assert_one_line(outcome, "three.ckpt", "3 classes", "has 4")
 
 
@@ -272,59 +272,59 @@ class Bomb:
         return os.mkdir, (self.path, 0o700)
 
 
-def test_a_checkpoint_of_pickled_objects_is_never_unpickled(program, own: Path) -> None:
-    torch.save({"state_dict": Bomb(str(own / "exploded"))}, own / "bomb.ckpt")
-    outcome = program("infer", *TINY, *TINY_INFER, f"ckpt={own / 'bomb.ckpt'}", *at(own))
+def test_a_checkpoint_of_pickled_objects_is_never_unpickled(program, copied: Path) -> None:
+    torch.save({"state_dict": Bomb(str(copied / "exploded"))}, copied / "bomb.ckpt")
+    outcome = program("infer", *TINY, *TINY_INFER, f"ckpt={copied / 'bomb.ckpt'}", *at(copied))
     assert_one_line(outcome, "bomb.ckpt")
-    assert not (own / "exploded").exists()
+    assert not (copied / "exploded").exists()
 
 
-def user_tree(own: Path) -> tuple[Path, list[str]]:
+def user_tree(copied: Path) -> tuple[Path, list[str]]:
     """The generated tree as a user's own VOC folder, which nobody repairs."""
-    (tree,) = own.glob("data/shapes/seed0-*[0-9a-f]")
-    shutil.copytree(tree, own / "mine")
-    return own / "mine", [
+    (tree,) = copied.glob("data/shapes/seed0-*[0-9a-f]")
+    shutil.copytree(tree, copied / "mine")
+    return copied / "mine", [
         *(o for o in TINY if not o.startswith("dataset")),
         *TINY_INFER,
         "dataset=voc",
-        f"dataset.root={own / 'mine'}",
+        f"dataset.root={copied / 'mine'}",
         "+dataset.classes=[ringhead,stripehead,spothead,checkhead]",
         "dataset.train_split=train",
         "dataset.prototype_split=train",
         "dataset.map_splits=[val]",
-        f"ckpt={checkpoint(own)}",
-        *at(own),
+        f"ckpt={checkpoint(copied)}",
+        *at(copied),
     ]
 
 
-def test_an_unreadable_picture_is_named(program, own: Path) -> None:
-    tree, overrides = user_tree(own)
+def test_an_unreadable_picture_is_named(program, copied: Path) -> None:
+    tree, overrides = user_tree(copied)
     path = tree / "JPEGImages" / "val_00003.jpg"
     path.write_bytes(path.read_bytes()[:200])
     assert_one_line(program("infer", *overrides), "val_00003.jpg", "not a readable image")
 
 
-def test_a_mask_of_another_size_is_named(program, own: Path) -> None:
-    tree, overrides = user_tree(own)
+def test_a_mask_of_another_size_is_named(program, copied: Path) -> None:
+    tree, overrides = user_tree(copied)
     path = tree / "SegmentationClass" / "val_00002.png"
     Image.open(path).resize((33, 21)).save(path)
     assert_one_line(program("infer", *overrides), "val_00002.png", "33x21")
 
 
-def test_an_empty_split_is_named(program, own: Path) -> None:
-    tree, overrides = user_tree(own)
+def test_an_empty_split_is_named(program, copied: Path) -> None:
+    tree, overrides = user_tree(copied)
     (tree / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
     assert_one_line(program("infer", *overrides), "val.txt", "empty")
 
 
 @pytest.mark.parametrize("logger", ["csv", "tensorboard", "wandb"])
-def test_loggers_keep_the_metrics(program, own: Path, logger: str, monkeypatch) -> None:
+def test_loggers_keep_the_metrics(program, copied: Path, logger: str, monkeypatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(own / "no-netrc"))
-    outcome = program("infer", *TINY, *TINY_INFER, f"logger={logger}", *at(own))
+    monkeypatch.setenv("NETRC", str(copied / "no-netrc"))
+    outcome = program("infer", *TINY, *TINY_INFER, f"logger={logger}", *at(copied))
     assert outcome.status == 0, outcome.stderr
-    folder = own / "run" / logger
+    folder = copied / "run" / logger
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) > 500
     if logger == "csv":

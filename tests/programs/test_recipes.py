@@ -1,7 +1,7 @@
 """recipe=paper and recipe=code: their values, and every step against the slow implementations."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from lpcam.evaluation import SegmentationScore
-from lpcam.prototypes.centers import Centers
+from lpcam.programs.build import settings
+from lpcam.prototypes.centers import Centers, Clustering
+from lpcam.prototypes.class_head import LinearHead
 from lpcam.prototypes.kmeans import spherical_kmeans
-from lpcam.prototypes.local_features import LocalFeatures, split_features
-from lpcam.prototypes.selection import select
+from lpcam.prototypes.local_features import Draw, LocalFeatures, split_features
+from lpcam.prototypes.maps import HostViews, MapMaker, MapSetting
+from lpcam.prototypes.selection import Selection, select
 from lpcam.seeds.masks import seed_mask
 from lpcam.seeds.record import SeedRecord
-from lpcam.stages.callbacks import FeatureCallback, LPCAMCallback, MapHead
+from lpcam.stages.callbacks import FeatureCallback
+from lpcam.stages.maps import Inference
 from tests.conftest import ROOT
 from tests.oracles import activation, kmeans, multiscale, prototypes, segmentation
 from tests.oracles.interpolation import bilinear
@@ -43,6 +47,8 @@ def test_training_follows_the_published_recipe(program: str, recipe: str, datase
     cfg = compose(program, [f"recipe={recipe}", f"dataset={dataset}"])
     assert cfg.backbone == {"name": "resnet50", "weights": "imagenet"}
     assert cfg.classifier == {
+        "_target_": "lpcam.models.classifier.Classifier",
+        "_partial_": True,
         "freeze_backbone": False,
         "freeze_stem": True,
         "epochs": 5,
@@ -92,11 +98,30 @@ VALUES: dict[str, dict[tuple[str, str], Any]] = {
 }  # fmt: skip
 
 
+def all_settings(cfg: DictConfig) -> tuple[Draw, Clustering, Selection, Inference]:
+    """What infer.py makes of a config."""
+    return (
+        settings(Draw, cfg.prototypes),
+        settings(Clustering, cfg.prototypes, cfg.thresholds),
+        settings(Selection, cfg.thresholds, cfg.prototypes),
+        settings(Inference, cfg.inference),
+    )
+
+
 @pytest.mark.parametrize(("recipe", "dataset"), BOTH)
 def test_values(recipe: str, dataset: str) -> None:
     cfg = compose("infer", [f"recipe={recipe}", f"dataset={dataset}"])
     found = {name: OmegaConf.select(cfg, name) for name in VALUES}
     assert found == {name: by_case[recipe, dataset] for name, by_case in VALUES.items()}
+    made: dict[str, Any] = {}
+    for group in all_settings(cfg):
+        made |= asdict(group)
+    made["scales"] = list(made["scales"])
+    elsewhere = ("use", "seed_background", "prototype_split", "train_split")
+    for name, value in found.items():
+        if name.split(".")[1] not in elsewhere:
+            assert made[name.split(".")[1]] == value
+    assert made["seed"] == cfg.prototypes.seed
 
 
 @pytest.mark.parametrize("program", ["train", "infer"])
@@ -127,9 +152,9 @@ def test_studies_are_recipe_code_on_their_data(name: str) -> None:
         if name == "voc":
             recipe.dataset.map_splits = ["train_aug", "train"]
         assert OmegaConf.to_container(study) == OmegaConf.to_container(recipe)
-        own = compose(program, [f"experiments={name}_lpcam", "recipe=paper", "dataset.root=x"])
-        assert own.prototypes.get("split") == "single_view"
-        assert own.dataset.root == "x"
+        changed = compose(program, [f"experiments={name}_lpcam", "recipe=paper", "dataset.root=x"])
+        assert changed.prototypes.get("split") == "single_view"
+        assert changed.dataset.root == "x"
 
 
 CLASSES, CHANNELS, SIZE = 3, 12, (33, 47)
@@ -142,6 +167,14 @@ class Scene:
     features: list[list[Tensor]]
     labels: np.ndarray
     weight: Tensor
+
+    @property
+    def head(self) -> LinearHead:
+        return LinearHead(self.weight)
+
+    def views(self, index: int) -> list[HostViews]:
+        """What a classifier with these weights gives of a batch of one picture."""
+        return [HostViews(v[:, None], self.head.own_maps(v)[:, None]) for v in self.features[index]]
 
     def doubles(self, index: int) -> list[np.ndarray]:
         return [views.double().numpy() for views in self.features[index]]
@@ -156,8 +189,8 @@ def random_scene(seed: int, scales: list[float], pictures: int = 44) -> Scene:
     labels = rng.random((pictures, CLASSES)) < 0.5
     labels[np.arange(pictures), rng.integers(0, CLASSES, pictures)] = True
     features = []
-    for own in labels:
-        shown = [*np.flatnonzero(own), 4, 5]
+    for row in labels:
+        shown = [*np.flatnonzero(row), 4, 5]
         things = rng.choice(shown, (3, 3))
         views = []
         for scale in scales:
@@ -171,11 +204,12 @@ def random_scene(seed: int, scales: list[float], pictures: int = 44) -> Scene:
     return Scene(features, labels, torch.from_numpy(weight.astype(np.float32)))
 
 
-def write_features(scene: Scene, sampled: bool, folder: Path) -> list[dict[str, np.ndarray]]:
+def write_features(scene: Scene, split: str, folder: Path) -> list[dict[str, np.ndarray]]:
     """What a features stage holds for each picture."""
-    callback = FeatureCallback(folder, local=True, cam_weight=scene.weight if sampled else None)
+    maps = split if split == "multi_scale" else None
+    callback = FeatureCallback(folder, local=True, maps=maps)
     files = []
-    for index, views in enumerate(scene.features):
+    for index in range(len(scene.features)):
         batch = {
             "ids": [str(index)],
             "labels": torch.from_numpy(scene.labels[index : index + 1]).float(),
@@ -183,8 +217,8 @@ def write_features(scene: Scene, sampled: bool, folder: Path) -> list[dict[str, 
             "views": [],
             "flip": True,
         }
-        whole_first = sorted(views, key=lambda v: v.shape[-1] != views[1].shape[-1])
-        prediction = [v[:, None] for v in whole_first]
+        half, whole, *larger = scene.views(index)
+        prediction = [whole, half, *larger]
         callback.write_on_batch_end(None, None, prediction, None, batch, index, 0)
         with np.load(folder / f"{index}.npz") as file:
             files.append(dict(file))
@@ -192,18 +226,20 @@ def write_features(scene: Scene, sampled: bool, folder: Path) -> list[dict[str, 
 
 
 def split_class(
-    scene: Scene, files: list[dict[str, np.ndarray]], c: int, cfg: DictConfig
+    scene: Scene, files: list[dict[str, np.ndarray]], c: int, clustering: Clustering
 ) -> tuple[LocalFeatures, LocalFeatures]:
     """The two sides of a class, made by the program and compared with the slow loops."""
-    sampled, tau = cfg.prototypes.split == "multi_scale", cfg.thresholds.activation
+    sampled, tau = clustering.split == "multi_scale", clustering.activation
     places = scene.labels.cumsum(1) - 1
     pictures = np.flatnonzero(scene.labels[:, c]).tolist()
     sides = split_features(
         lambda index: files[index]["local"],
         pictures,
-        scene.weight[c],
+        scene.head,
+        c,
         tau,
-        read_cam=(lambda index: files[index]["cam"][places[index, c]]) if sampled else None,
+        read_map=(lambda index: files[index]["maps"][places[index, c]]) if sampled else None,
+        strict=sampled,
     )
     maps, locals_ = [], []
     for index in pictures:
@@ -212,13 +248,13 @@ def split_class(
         weight = scene.weight[c].numpy()
         if sampled:
             whole, *others = [scene.doubles(index)[i] for i in (1, 0, 2, 3)]
-            own = multiscale.sampled_plain_map([whole, *others], weight, SIZE)
-            given = files[index]["cam"][places[index, c]]
-            np.testing.assert_allclose(given, own, rtol=0, atol=2e-6)
+            plain = multiscale.sampled_plain_map([whole, *others], weight, SIZE)
+            given = files[index]["maps"][places[index, c]]
+            np.testing.assert_allclose(given, plain, rtol=0, atol=2e-6)
         else:
             cam = activation.class_activation_map(local[None].astype(np.float64), weight[None])
-            own = activation.normalize_map(cam[0, 0], 1e-5)
-        maps.append(own)
+            plain = activation.normalize_map(cam[0, 0], 1e-5)
+        maps.append(plain)
         locals_.append(local)
     for side, rows in zip(sides, prototypes.split(locals_, maps, tau), strict=True):
         np.testing.assert_array_equal(side.rows.numpy(), rows)
@@ -228,19 +264,21 @@ def split_class(
 @pytest.mark.parametrize(("recipe", "dataset"), BOTH)
 def test_every_step_equals_the_slow_loops(recipe: str, dataset: str, tmp_path: Path) -> None:
     cfg = compose("infer", [f"recipe={recipe}", f"dataset={dataset}"])
-    k, own, thresholds = cfg.prototypes.k, cfg.prototypes, cfg.thresholds
-    scene = random_scene(1, list(cfg.inference.scales))
-    files = write_features(scene, own.split == "multi_scale", tmp_path)
+    _, clustering, selection, inference = all_settings(cfg)
+    k, background = clustering.k, cfg.thresholds.seed_background
+    scene = random_scene(1, list(inference.scales))
+    files = write_features(scene, clustering.split, tmp_path)
 
     centres = torch.zeros(CLASSES, 2, k, CHANNELS)
     for c in range(CLASSES):
-        for s, side in enumerate(split_class(scene, files, c, cfg)):
+        for s, side in enumerate(split_class(scene, files, c, clustering)):
             rows = side.rows.float().numpy()
             init = rows[:: len(rows) // k][:k]
+            tol, most = clustering.tol, clustering.max_iter
             found = spherical_kmeans(
-                side.rows, k, init=torch.from_numpy(init), max_iter=own.max_iter, tol=own.tol
+                side.rows, k, init=torch.from_numpy(init), max_iter=most, tol=tol
             )
-            slow, labels, iterations = kmeans.cosine_kmeans(rows, init, own.tol, own.max_iter)
+            slow, labels, iterations = kmeans.cosine_kmeans(rows, init, tol, most)
             np.testing.assert_array_equal(found.labels.numpy(), labels)
             np.testing.assert_allclose(found.centers.numpy(), slow, rtol=0, atol=1e-5)
             assert found.n_iter == iterations
@@ -251,58 +289,46 @@ def test_every_step_equals_the_slow_loops(recipe: str, dataset: str, tmp_path: P
         torch.ones(CLASSES, 2, k, dtype=torch.int64),
         torch.full((CLASSES, 2, k, 6, 3), -1, dtype=torch.int32),
     )
-    chosen = select(
-        fitted,
-        scene.weight,
-        ["a", "b", "c"],
-        class_minimum=thresholds.class_score,
-        context_maximum=thresholds.context_score,
-        context_minimum=thresholds.context_floor,
-        fallback=own.fallback,
-    )
-    floor = -1 if thresholds.context_floor is None else thresholds.context_floor
+    chosen = select(fitted, scene.head, ["a", "b", "c"], selection)
+    floor = -1 if selection.context_floor is None else selection.context_floor
     for c in range(CLASSES):
         scores = [
             [prototypes.class_probability(x, scene.weight.numpy(), c) for x in side.numpy()]
             for side in centres[c]
         ]
-        kept = [j for j in range(k) if scores[0][j] > thresholds.class_score]
-        context = [j for j in range(k) if floor < scores[1][j] < thresholds.context_score]
+        kept = [j for j in range(k) if scores[0][j] > selection.class_score]
+        context = [j for j in range(k) if floor < scores[1][j] < selection.context_score]
         assert chosen.indices[c] == (kept, context)
         assert kept
         assert context
 
-    callback = LPCAMCallback(
-        scene.weight, [MapHead(tmp_path, None), MapHead(tmp_path, chosen.directions())],
-        eps=cfg.inference.eps,
-    )  # fmt: skip
+    maker = MapMaker([MapSetting(), MapSetting(chosen.directions())], eps=inference.eps)
     score = SegmentationScore(CLASSES)
     counts = np.zeros((CLASSES + 1, CLASSES + 1), np.int64)
     rng = np.random.default_rng(2)
     for index in range(3):
         present = np.flatnonzero(scene.labels[index])
         labels = torch.from_numpy(scene.labels[index : index + 1])
-        views = [v[:, None] for v in scene.features[index]]
-        plain, lpcam = callback.maps(views, labels, SIZE).numpy()
+        plain, lpcam = (maps.numpy() for maps in maker(scene.views(index), labels, SIZE))
         for place, c in enumerate(present):
             expected = multiscale.plain_map(scene.doubles(index), scene.weight[c].numpy(), SIZE)
             np.testing.assert_allclose(plain[place], expected, rtol=0, atol=2e-6)
-            sides = (chosen.own[c].double().numpy(), chosen.context[c].double().numpy())
+            sides = (chosen.foreground[c].double().numpy(), chosen.context[c].double().numpy())
             expected = multiscale.prototype_map(
-                scene.doubles(index), *sides, 0.0, SIZE, cfg.inference.eps
+                scene.doubles(index), *sides, 0.0, SIZE, inference.eps
             )
             np.testing.assert_allclose(lpcam[place], expected, rtol=0, atol=2e-6)
 
         seed = SeedRecord(present, lpcam.astype(np.float16), SIZE)
-        mask = seed_mask(seed.full_size(), present, thresholds.seed_background)
+        mask = seed_mask(seed.full_size(), present, background)
         slow_maps = np.stack([bilinear(values.astype(np.float64), SIZE) for values in seed.maps])
-        slow = segmentation.seed_mask(slow_maps, present.tolist(), thresholds.seed_background)
+        slow = segmentation.seed_mask(slow_maps, present.tolist(), background)
         np.testing.assert_array_equal(mask, slow)
         truth = rng.choice([0, 1, 2, 3, 255], SIZE).astype(np.uint8)
         score.update(seed.full_size(), present, truth)
         counts += segmentation.confusion(truth, slow, CLASSES)
     result = score.compute()
-    at = result.index(thresholds.seed_background)
-    assert result.thresholds[at] == thresholds.seed_background
+    at = result.index(background)
+    assert result.thresholds[at] == background
     np.testing.assert_array_equal(result.confusion[at], counts)
     assert result.miou[at] == pytest.approx(segmentation.scores(counts)["miou"], abs=1e-12)

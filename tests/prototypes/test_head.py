@@ -17,13 +17,13 @@ COUNTS = ((5, 2), (1, 0), (0, 3), (2, 4))
 
 def fitted(seed: int = 0, signed: str = "keep", mean: torch.Tensor | None = None) -> Prototypes:
     generator = torch.Generator().manual_seed(seed)
-    own, context = (
+    foreground, context = (
         tuple(torch.randn(counts[s], CHANNELS, generator=generator) * 9 for counts in COUNTS)
         for s in (0, 1)
     )
     indices = tuple((list(range(p)), list(range(q))) for p, q in COUNTS)
     settings = {"signed": signed}
-    return Prototypes(tuple("abcd"), own, context, indices, settings=settings, mean=mean)
+    return Prototypes(tuple("abcd"), foreground, context, indices, settings=settings, mean=mean)
 
 
 def features(seed: int = 1) -> torch.Tensor:
@@ -33,8 +33,8 @@ def features(seed: int = 1) -> torch.Tensor:
 def expected(prototypes: Prototypes, local: torch.Tensor, how: str) -> np.ndarray:
     return aggregated_map(
         local.numpy(),
-        [own.numpy() for own in prototypes.own],
-        [context.numpy() for context in prototypes.context],
+        [vectors.numpy() for vectors in prototypes.foreground],
+        [vectors.numpy() for vectors in prototypes.context],
         how,
     )
 
@@ -68,7 +68,7 @@ def test_a_zero_feature_has_no_activation(how: str) -> None:
 def test_log_sum_exp_lies_between_mean_and_maximum(seed: int) -> None:
     prototypes = fitted(seed)
     prototypes = Prototypes(
-        ("a",), (prototypes.own[0],), (prototypes.context[1],), (([0, 1, 2, 3, 4], []),)
+        ("a",), (prototypes.foreground[0],), (prototypes.context[1],), (([0, 1, 2, 3, 4], []),)
     )
     head, local = PrototypeHead(prototypes), features(seed)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpcam.prototypes.centers import fit_centers
+from lpcam.prototypes.centers import Clustering, fit_centers
+from lpcam.prototypes.class_head import LinearHead
 from lpcam.prototypes.local_features import LocalFeatures, split_features
 from tests.conftest import ROOT
 
@@ -20,7 +21,8 @@ import re
 from pathlib import Path
 import numpy as np
 import torch
-from lpcam.prototypes.centers import fit_centers
+from lpcam.prototypes.centers import Clustering, fit_centers
+from lpcam.prototypes.class_head import LinearHead
 
 torch.set_num_threads(1)
 noise = np.random.default_rng(0).random((1024, 2048), np.float32).astype(np.float16)
@@ -28,12 +30,13 @@ noise = np.random.default_rng(0).random((1024, 2048), np.float32).astype(np.floa
 def read(index):
     return noise[index % 256 : index % 256 + 768].reshape(24, 32, 2048)
 
-def read_cam(index, class_index):
+def read_map(index, class_index):
     return np.linspace(1, 0, 768, dtype=np.float32).reshape(24, 32)
 
 centers = fit_centers(
-    read, np.ones((443, 1)), torch.ones(1, 2048), ["person"], k=12, tau=0.7,
-    init="random", max_iter=2, read_cam=read_cam,
+    read, np.ones((443, 1)), LinearHead(torch.ones(1, 2048)), ["person"],
+    Clustering(k=12, activation=0.7, split="multi_scale", init="random", max_iter=2),
+    dim=2048, read_map=read_map,
 )
 # Not ru_maxrss, which starts with what the process had that started this one.
 peak = re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]
@@ -60,9 +63,9 @@ def test_coco_never_holds_more_than_one_class(monkeypatch: pytest.MonkeyPatch) -
     collected: list[weakref.ref[Tensor]] = []
     left_over = []
 
-    def split(*arguments: Any) -> tuple[LocalFeatures, LocalFeatures]:
+    def split(*arguments: Any, **options: Any) -> tuple[LocalFeatures, LocalFeatures]:
         left_over.append(sum(rows() is not None for rows in collected))
-        sides = split_features(*arguments)
+        sides = split_features(*arguments, **options)
         collected.extend(weakref.ref(side.rows) for side in sides)
         return sides
 
@@ -70,10 +73,10 @@ def test_coco_never_holds_more_than_one_class(monkeypatch: pytest.MonkeyPatch) -
     fitted = fit_centers(
         lambda index: rng.random((5, 6, channels), np.float32).astype(np.float16),
         labels,
-        torch.from_numpy(rng.random((classes, channels), np.float32)),
+        LinearHead(torch.from_numpy(rng.random((classes, channels), np.float32))),
         [str(c) for c in range(classes)],
-        k=2,
-        tau=0.8,
+        Clustering(k=2, activation=0.8),
+        dim=channels,
     )
     assert int(fitted.counts.sum()) == classes * each * 30
     assert left_over == [0] * classes

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from lpcam.errors import InputError
 from lpcam.prototypes.prototype_set import Prototypes
-from lpcam.storage.hashing import fingerprint
+from lpcam.storage.hashing import tensors_digest
 
 # The second and third class have the same name, as two of ImageNet's have.
 CLASSES = ("bird", "crane", "crane", "a/class")
@@ -16,7 +16,12 @@ CLASSES = ("bird", "crane", "crane", "a/class")
 def example() -> Prototypes:
     return Prototypes(
         classes=CLASSES,
-        own=(torch.eye(4)[:3] * 2, torch.ones(1, 4), torch.empty(0, 4), torch.full((1, 4), 3.0)),
+        foreground=(
+            torch.eye(4)[:3] * 2,
+            torch.ones(1, 4),
+            torch.empty(0, 4),
+            torch.full((1, 4), 3.0),
+        ),
         context=(torch.ones(2, 4), torch.empty(0, 4), torch.empty(0, 4), torch.zeros(1, 4)),
         indices=(([1, 4, 7], [0, 2]), ([5], []), ([], []), ([0], [11])),
         names={(0, "class", 4): "beak", (3, "context", 11): "sky\n«blue»"},
@@ -29,7 +34,7 @@ def example() -> Prototypes:
 def assert_same(found: Prototypes, wanted: Prototypes) -> None:
     for name, value in vars(wanted).items():
         other = getattr(found, name)
-        if name in ("own", "context"):
+        if name in ("foreground", "context"):
             assert len(other) == len(value)
             assert all(torch.equal(a, b) for a, b in zip(other, value, strict=True))
         elif isinstance(value, torch.Tensor):
@@ -71,7 +76,7 @@ def test_what_is_no_file_of_prototypes_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="check the path"):
         Prototypes.load(path)
     save_file({"weight": torch.ones(2)}, path)
-    with pytest.raises(InputError, match=r"schema None, this version reads 2"):
+    with pytest.raises(InputError, match=r"schema None, this version reads 3"):
         Prototypes.load(path)
     with pytest.raises(InputError, match="no readable file"):
         Prototypes.load(tmp_path)
@@ -89,7 +94,7 @@ def test_drop() -> None:
 EMPTIED = Prototypes(
     **{
         **vars(example()),
-        "own": (torch.empty(0, 4), torch.ones(1, 4), torch.empty(0, 4), torch.empty(0, 4)),
+        "foreground": (torch.empty(0, 4), torch.ones(1, 4), torch.empty(0, 4), torch.empty(0, 4)),
         "context": (torch.ones(2, 4), *[torch.empty(0, 4)] * 3),
         "indices": (([], [0, 2]), ([5], []), ([], []), ([], [])),
         "names": {},
@@ -146,15 +151,15 @@ def test_mistakes_are_named(edit: Callable[[Prototypes], object], reason: str) -
         edit(example())
 
 
-def test_fingerprint_is_that_of_names_and_weights() -> None:
+def test_digest_of_a_model_is_that_of_names_and_weights() -> None:
     def build() -> torch.nn.Module:
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
 
     model = build()
-    same = fingerprint(model)
-    assert fingerprint(build()) == same
-    assert fingerprint(build().to(torch.bfloat16)) != same
-    assert fingerprint(torch.nn.Sequential(model)) != same
+    same = tensors_digest(model.state_dict())
+    assert tensors_digest(build().state_dict()) == same
+    assert tensors_digest(build().to(torch.bfloat16).state_dict()) != same
+    assert tensors_digest(torch.nn.Sequential(model).state_dict()) != same
     model[1].running_mean[3] += 1e-6
-    assert fingerprint(model) != same
+    assert tensors_digest(model.state_dict()) != same

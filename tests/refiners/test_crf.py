@@ -1,12 +1,13 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from lpcam.errors import InputError
 from lpcam.refiners import crf
@@ -50,19 +51,19 @@ def two_halves(height: int = 12, width: int = 14) -> tuple[np.ndarray, torch.Ten
 def test_exact_equals_a_loop_over_pairs_of_pixels(name: str) -> None:
     image, probabilities = random_inputs()
     probabilities[0, 0, 0] = 0
-    own = PARAMETERS[name]
+    settings = PARAMETERS[name]
 
-    found = dense_crf(image, probabilities, own, backend="exact")
+    found = dense_crf(image, probabilities, settings, backend="exact")
 
     wanted = mean_field(
         image,
         probabilities.numpy(),
-        own.iterations,
-        (own.gaussian_sxy, own.gaussian_weight),
-        (own.bilateral_sxy, own.bilateral_srgb, own.bilateral_weight),
+        settings.iterations,
+        (settings.gaussian_sxy, settings.gaussian_weight),
+        (settings.bilateral_sxy, settings.bilateral_srgb, settings.bilateral_weight),
     )
     np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=1e-10)
-    single = dense_crf(image, probabilities.float(), own, backend="exact")
+    single = dense_crf(image, probabilities.float(), settings, backend="exact")
     np.testing.assert_allclose(single.numpy(), wanted, rtol=0, atol=1e-4)
 
 
@@ -76,7 +77,7 @@ def test_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parameters_are_those_published() -> None:
     """Iterations, smoothness (sxy, weight), appearance (sxy, srgb, weight)."""
-    assert {name: astuple(own) for name, own in PARAMETERS.items()} == {
+    assert {name: astuple(settings) for name, settings in PARAMETERS.items()} == {
         "irn_labels": (10, 3, 3, 50, 5, 10),
         "psa": (10, 3, 3, 80, 13, 10),
         "edam": (3, 3, 3, 80, 13, 10),
@@ -84,7 +85,7 @@ def test_parameters_are_those_published() -> None:
         "mctformer_seg": (10, 4, 3, 83, 5, 3),
         "afa": (10, 3, 3, 64, 5, 4),
     }
-    assert crf_parameters("edam") is PARAMETERS["edam"]
+    assert crf_parameters("edam", "refiner.crf") is PARAMETERS["edam"]
 
 
 @pytest.mark.parametrize("backend", ["exact", "pydensecrf"])
@@ -105,17 +106,17 @@ def test_both_backends_agree_on_sure_pixels() -> None:
     pytest.importorskip("pydensecrf", reason="needs the extra 'crf'")
     image, probabilities = two_halves()
 
-    for name, own in PARAMETERS.items():
-        lattice = dense_crf(image, probabilities, own, backend="pydensecrf")
-        exact = dense_crf(image, probabilities, own, backend="exact")
+    for name, settings in PARAMETERS.items():
+        lattice = dense_crf(image, probabilities, settings, backend="pydensecrf")
+        exact = dense_crf(image, probabilities, settings, backend="exact")
         assert torch.equal(lattice.argmax(0), exact.argmax(0)), name
         torch.testing.assert_close(lattice, exact, rtol=0, atol=0.01)
 
     saturated = (probabilities > 0.5).float()
-    own = PARAMETERS["psa"]
-    lattice = dense_crf(image, saturated, own, backend="pydensecrf")
+    settings = PARAMETERS["psa"]
+    lattice = dense_crf(image, saturated, settings, backend="pydensecrf")
     torch.testing.assert_close(
-        lattice, dense_crf(image, saturated, own, backend="exact"), rtol=0, atol=1e-5
+        lattice, dense_crf(image, saturated, settings, backend="exact"), rtol=0, atol=1e-5
     )
 
 
@@ -135,8 +136,8 @@ def test_both_backends_agree_on_most_of_a_noisy_picture() -> None:
 
 def test_without_kernels_nothing_changes() -> None:
     image, probabilities = random_inputs()
-    own = replace(PARAMETERS["psa"], gaussian_weight=0, bilateral_weight=0)
-    found = dense_crf(image, probabilities, own, backend="exact")
+    settings = replace(PARAMETERS["psa"], gaussian_weight=0, bilateral_weight=0)
+    found = dense_crf(image, probabilities, settings, backend="exact")
     torch.testing.assert_close(found, probabilities / probabilities.sum(0), rtol=0, atol=1e-9)
 
 
@@ -208,15 +209,15 @@ def test_a_long_picture() -> None:
 
 
 def test_inputs() -> None:
-    own = {
+    settings = {
         "iterations": 2, "gaussian_sxy": 1, "gaussian_weight": 1,
         "bilateral_sxy": 9, "bilateral_srgb": 7, "bilateral_weight": 2,
     }  # fmt: skip
-    refiner = CRF(parameters=own, unary="labels", unary_background=0.3, backend="exact")
+    refiner = CRF(parameters=settings, unary="labels", unary_background=0.3, backend="exact")
     assert refiner.parameters == CRFParameters(2, 1, 1, 9, 7, 2)
     assert refiner.inputs([]) == {
         "refiner": "CRF",
-        "parameters": own,
+        "parameters": settings,
         "unary": "labels",
         "unary_background": 0.3,
         "image_mode": "raw",
@@ -225,14 +226,18 @@ def test_inputs() -> None:
 
 
 def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"'none': choose from irn_labels, psa"):
+    with pytest.raises(InputError, match=r"^refiner\.parameters='none': choose from irn_labels, psa"):
         CRF(parameters="none")
-    with pytest.raises(InputError, match="give iterations, gaussian_sxy"):
+    with pytest.raises(InputError, match=r"^refiner\.parameters\.gaussian_sxy: .*required"):
         CRF(parameters={"iterations": 3})
-    with pytest.raises(InputError, match="unary=soft: unknown; choose from constant"):
-        CRF(unary="soft")
-    with pytest.raises(InputError, match="backend=fast: unknown; choose pydensecrf or exact"):
-        CRF(backend="fast").inputs([])
+    with pytest.raises(InputError, match=r"^refiner\.parameters\.iterations=-1: should be greater"):
+        CRF(parameters={**asdict(PARAMETERS["psa"]), "iterations": -1})
+    with pytest.raises(InputError, match=r"^refiner\.unary_background=2\.0: a score in 0\.\.1"):
+        CRF(unary_background=2)
+    assert CRF(unary="power", unary_background=2).unary_background == 2
+    for wrong in ({"unary": "soft"}, {"backend": "fast"}, {"image_mode": "bgr"}):
+        with pytest.raises(ValidationError):
+            CRF(**wrong)
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
     monkeypatch.delitem(sys.modules, "pydensecrf.densecrf", raising=False)
     with pytest.raises(InputError, match=r"pip install 'lpcam\[crf\]'.*backend=exact") as caught:
@@ -257,8 +262,6 @@ def test_the_picture_that_the_crf_sees() -> None:
     seen = Image.fromarray(wrapped_pixels(np.array(picture)))
     assert (wrapped == CRF(backend="exact").refine("", seen, seed).maps).all()
     assert (wrapped != raw).any()
-    with pytest.raises(InputError, match=r"refiner\.image_mode=bgr"):
-        CRF(image_mode="bgr")
 
 
 def test_threads_change_nothing() -> None:

@@ -3,8 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lpcam.errors import InputError
-from lpcam.refiners.labels import affinity_labels, cell_means, check_method, relation_labels
+from lpcam.refiners.labels import affinity_labels, cell_means, relation_labels
 from lpcam.refiners.par import PAR
 from lpcam.seeds.record import SeedRecord
 
@@ -111,8 +110,3 @@ def test_zero_maps_are_all_background() -> None:
     seed = SeedRecord(np.arange(80), np.zeros((80, 4, 13), np.float16), (13, 50))
     assert (relation_labels(image, seed, "par", conf_fg=0.7, conf_bg=0.3) == 0).all()
     assert (affinity_labels(image, seed, "par", low=0.5, high=2, stride=8) == 0).all()
-
-
-def test_unknown_method() -> None:
-    with pytest.raises(InputError, match=r"refiner\.labels=sam"):
-        check_method("sam")

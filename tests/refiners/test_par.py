@@ -97,8 +97,8 @@ def test_pictures_of_a_batch_do_not_mix() -> None:
     found = pixel_adaptive_refinement(images, maps)
 
     for index, (image, its_maps) in enumerate(pairs):
-        own = pixel_adaptive_refinement(image, its_maps)
-        torch.testing.assert_close(found[index], own[0], rtol=0, atol=1e-6)
+        alone = pixel_adaptive_refinement(image, its_maps)
+        torch.testing.assert_close(found[index], alone[0], rtol=0, atol=1e-6)
 
 
 def test_no_iteration_changes_nothing() -> None:

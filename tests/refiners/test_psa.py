@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-from lpcam.errors import InputError
 from lpcam.models.backbones import build_backbone
 from lpcam.refiners.heads import stage_channels
 from lpcam.refiners.psa import POWERS, PSA, AffinityNetwork, feature_affinity
@@ -140,11 +139,12 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"low": 2, "high": 1}, "refiner.low=2"), ({"low": 0}, "refiner.low=0"),
-     ({"crop": 60}, "refiner.crop=60"), ({"powers": "best"}, "refiner.powers=best")],
+    [({"low": 2, "high": 1}, r"^refiner\.low=2\.0: give at most refiner\.high=1"),
+     ({"low": 0}, "should be greater than 0"), ({"crop": 60}, r"^refiner\.crop=60: "),
+     ({"powers": "best"}, "choose from cutouts_lpcam, ")],
 )  # fmt: skip
 def test_settings_outside_their_range(settings: dict[str, float], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         PSA(**settings)
 
 

@@ -16,7 +16,7 @@ from lpcam.reporting.gallery import (
     mask_overlay,
 )
 from lpcam.reporting.scores import Method
-from lpcam.seeds.masks import palette
+from lpcam.seeds.palette import palette
 
 labels = hnp.arrays(np.uint8, (4, 5), elements=st.sampled_from([0, 1, 2, 255]))
 predictions = hnp.arrays(np.uint8, (4, 5), elements=st.sampled_from([0, 1, 2]))

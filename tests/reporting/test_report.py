@@ -10,7 +10,7 @@ from PIL import Image
 from lpcam.data.dataset import Picture, SegmentationDataset
 from lpcam.evaluation import SegmentationScore
 from lpcam.reporting.report import Method, PrototypeView, write_report
-from lpcam.seeds.masks import save_mask
+from lpcam.seeds.palette import save_mask
 from lpcam.seeds.record import SeedRecord, grid_size, load_seed, save_seed
 from tests.pages import NASTY, Page
 

@@ -12,7 +12,7 @@ from lpcam.seeds.record import SeedRecord, save_seed
 
 
 def pictures(*labels: tuple[int, ...]) -> list[Picture]:
-    return [Picture(f"p{i}", Path(f"p{i}.jpg"), own) for i, own in enumerate(labels)]
+    return [Picture(f"p{i}", Path(f"p{i}.jpg"), its_labels) for i, its_labels in enumerate(labels)]
 
 
 def ids(found: list[Picture]) -> list[str]:

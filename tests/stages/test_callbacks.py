@@ -1,181 +1,24 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from lpcam.prototypes.multi_scale import sampled_cam
 from PIL import Image
 from torch import Tensor
 
 from lpcam.data.dataset import Picture
 from lpcam.data.loaders import view_loader
-from lpcam.functional import local_prototype_map, prototype_directions
 from lpcam.models.backbones import build_backbone
 from lpcam.models.classifier import Classifier
+from lpcam.prototypes.maps import HostViews, MapMaker, MapSetting, lpcam_setting
 from lpcam.prototypes.prototype_set import Prototypes
-from lpcam.stages.callbacks import FeatureCallback, LPCAMCallback, MapHead
-from tests.oracles import multiscale
-
-CLASSES = 4
-CHANNELS = 6
-SIZE = (37, 50)
-GRID = (10, 13)
-LABELS = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1]]).bool()
-# Class prototypes and context prototypes of each class.
-COUNTS = ((3, 2), (1, 4), (2, 0), (4, 1))
-
-
-@dataclass(frozen=True)
-class Case:
-    """Features of three pictures at three scales, class weights and prototypes."""
-
-    features: list[Tensor]
-    weight: Tensor
-    prototypes: Prototypes
-
-    def head(self, kind: str) -> MapHead:
-        if kind == "cam":
-            return MapHead(Path(kind), None)
-        offset = 1.0 if kind == "context" else 0.0
-        return MapHead(Path(kind), self.prototypes.directions(kind), offset)
-
-    def expected(
-        self, kind: str, picture: int, class_index: int, size: tuple[int, int] = SIZE
-    ) -> np.ndarray:
-        scales = [views[:, picture].double().numpy() for views in self.features]
-        if kind == "cam":
-            weight = self.weight[class_index].double().numpy()
-            return multiscale.plain_map(scales, weight, size)
-        own = self.prototypes.own[class_index].double().numpy()
-        context = self.prototypes.context[class_index].double().numpy()
-        return multiscale.prototype_map(
-            scales,
-            own[:0] if kind == "context" else own,
-            context[:0] if kind == "class" else context,
-            1.0 if kind == "context" else 0.0,
-            size,
-        )
-
-
-def random_case(seed: int, views: int = 2) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    features = [draw(views, 3, CHANNELS, *grid) for grid in ((2, 3), (3, 4), (5, 7))]
-    own = tuple(draw(p, CHANNELS) * 5 for p, _ in COUNTS)
-    context = tuple(draw(q, CHANNELS) * 5 for _, q in COUNTS)
-    indices = tuple((list(range(p)), list(range(q))) for p, q in COUNTS)
-    prototypes = Prototypes(("a", "b", "c", "d"), own, context, indices)
-    return Case(features, draw(CLASSES, CHANNELS), prototypes)
-
-
-@pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("kind", ["cam", "both", "class", "context"])
-def test_maps_equal_the_slow_loops(kind: str, views: int) -> None:
-    case = random_case(11, views)
-    maps = LPCAMCallback(case.weight, [case.head(kind)]).maps(case.features, LABELS, SIZE)
-    shown = LABELS.nonzero().tolist()
-    assert maps.shape == (1, len(shown), *GRID)
-    for found, (picture, class_index) in zip(maps[0], shown, strict=True):
-        expected = case.expected(kind, picture, class_index)
-        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=5e-6)
-        assert expected.max() > 0.99
-
-
-def test_plain_cam_rectifies_views_and_lpcam_adds_their_features() -> None:
-    # One place; the mirror image has twice the opposite feature.
-    features = [torch.tensor([[1.0, 0.0], [-2.0, 0.0]]).view(2, 1, 2, 1, 1)]
-    labels = torch.ones(1, 2).bool()
-    weight = torch.tensor([[3.0, 0.0], [-3.0, 0.0]])
-    heads = [MapHead(Path(), None), MapHead(Path(), torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))]
-    maps = LPCAMCallback(weight, heads).maps(features, labels, (4, 4))[:, :, 0, 0]
-    # CAM: max(3, 0) + max(-6, 0) = 3 and 0 + 6; LPCAM: cosine of (1, 0) + (-2, 0) = (-1, 0).
-    expected = [[3 / (3 + 1e-5), 6 / (6 + 1e-5)], [0.0, 1 / (1 + 1e-5)]]
-    np.testing.assert_allclose(maps.numpy(), expected, rtol=1e-6)
-
-
-def test_scales_are_added_before_the_division() -> None:
-    features = [
-        torch.tensor([[3.0, 0.0]]).view(1, 1, 1, 1, 2),
-        torch.tensor([[0.0, 4.0]]).view(1, 1, 1, 1, 2),
-    ]
-    callback = LPCAMCallback(torch.ones(1, 1), [MapHead(Path(), None)])
-    maps = callback.maps(features, torch.ones(1, 1).bool(), (1, 8))
-    np.testing.assert_allclose(maps[0, 0].numpy(), [[3 / (4 + 1e-5), 4 / (4 + 1e-5)]], rtol=1e-6)
-
-
-@pytest.mark.parametrize("size", [(37, 50), (48, 80), (33, 1)])
-def test_sampled_cam_equals_the_slow_loops(size: tuple[int, int]) -> None:
-    generator = torch.Generator().manual_seed(18)
-    grids = [(-(-size[0] // cell), -(-size[1] // cell)) for cell in (16, 32, 8)]
-    features = [torch.randn(2, CHANNELS, *grid, generator=generator) for grid in grids]
-    weight = torch.randn(3, CHANNELS, generator=generator)
-
-    found = sampled_cam(features, weight, size)
-
-    assert found.shape == (3, *grids[0])
-    scales = [views.double().numpy() for views in features]
-    for ours, row in zip(found.numpy(), weight.double().numpy(), strict=True):
-        expected = multiscale.sampled_plain_map(scales, row, size)
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
-    assert sampled_cam(features, weight[:0], size).shape == (0, *grids[0])
-
-
-def test_sampled_cam_reads_corners_of_the_full_size_map() -> None:
-    # One scale, one view: the map rises from 1 to 3 between the centres of two cells.
-    features = [torch.tensor([1.0, 3.0]).view(1, 1, 1, 2)]
-    found = sampled_cam(features, torch.ones(1, 1), (16, 32))[0, 0]
-    # Pixel 16 lies 8.5 pixels after the first centre, of 16; a mean of its cell would be 2.7 or so.
-    torch.testing.assert_close(found, torch.tensor([1.0, 1 + 2 * 8.5 / 16]) / (3 + 1e-5))
-
-
-def test_heads_together_equal_heads_alone() -> None:
-    case = random_case(12)
-    kinds = ["cam", "both", "context", "class"]
-    heads = [case.head(kind) for kind in kinds]
-    together = LPCAMCallback(case.weight, heads).maps(case.features, LABELS, SIZE)
-    assert together.shape == (4, int(LABELS.sum()), *GRID)
-    for maps, head in zip(together, heads, strict=True):
-        alone = LPCAMCallback(case.weight, [head]).maps(case.features, LABELS, SIZE)
-        torch.testing.assert_close(maps, alone[0], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("kinds", [["cam"], ["both"], ["cam", "context", "both"]])
-def test_a_batch_equals_its_pictures_one_at_a_time(kinds: list[str]) -> None:
-    case = random_case(13)
-    callback = LPCAMCallback(case.weight, [case.head(kind) for kind in kinds])
-    together = callback.maps(case.features, LABELS, SIZE)
-    first = 0
-    for picture in (0, 2):
-        only = slice(picture, picture + 1)
-        alone = callback.maps([views[:, only] for views in case.features], LABELS[only], SIZE)
-        last = first + int(LABELS[picture].sum())
-        torch.testing.assert_close(together[:, first:last], alone, rtol=0, atol=1e-6)
-        first = last
-    assert first == together.shape[1]
-
-
-@pytest.mark.parametrize("kinds", [["cam"], ["both"], ["cam", "context", "both"]])
-def test_pictures_without_labels_get_no_map(kinds: list[str]) -> None:
-    case = random_case(14)
-    callback = LPCAMCallback(case.weight, [case.head(kind) for kind in kinds])
-    maps = callback.maps(case.features, torch.zeros(3, CLASSES).bool(), SIZE)
-    assert maps.shape == (len(kinds), 0, *GRID)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_maps_of_features_on_another_device() -> None:
-    case = random_case(15)
-    heads = [case.head(kind) for kind in ("cam", "both", "context")]
-    callback = LPCAMCallback(case.weight, heads)
-    expected = callback.maps(case.features, LABELS, SIZE)
-    found = callback.maps([views.cuda() for views in case.features], LABELS.cuda(), SIZE)
-    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-5)
+from lpcam.stages.callbacks import FeatureCallback, LPCAMCallback
+from tests.oracles import activation, multiscale
+from tests.prototypes.map_cases import CLASSES, Case
 
 
 @dataclass(frozen=True)
@@ -187,13 +30,17 @@ class Scene:
     folder: Path
 
     def predict(
-        self, *callbacks: pl.Callback, batch_size: int = 3, scales: Sequence[float] = (0.5, 1.0)
+        self,
+        *callbacks: pl.Callback,
+        batch_size: int = 3,
+        scales: Sequence[float] = (0.5, 1.0),
+        flip: bool = True,
     ) -> None:
         loader = view_loader(
             self.pictures,
             CLASSES,
             scales=scales,
-            flip=True,
+            flip=flip,
             mean=self.classifier.backbone.mean,
             std=self.classifier.backbone.std,
             batch_size=batch_size,
@@ -216,10 +63,10 @@ class Scene:
             width, height = (round(length * side) for length in image.size)
             small = image.resize((width, height), Image.Resampling.BICUBIC)
             pixels = (np.asarray(small).transpose(2, 0, 1) / 255 - 0.5) / 0.5
-            own = torch.tensor(pixels[None], dtype=torch.float32)
+            normalized = torch.tensor(pixels[None], dtype=torch.float32)
             with torch.no_grad():
-                views = [self.classifier.backbone(own)]
-                views.append(self.classifier.backbone(own.flip(-1)).flip(-1))
+                views = [self.classifier.backbone(normalized)]
+                views.append(self.classifier.backbone(normalized.flip(-1)).flip(-1))
             scales.append(torch.stack(views))
         return scales
 
@@ -253,28 +100,34 @@ def load(path: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def test_each_head_writes_its_own_maps_into_its_own_folder(scene: Scene) -> None:
-    weight = scene.classifier.weight
-    own = tuple(torch.randn(3, weight.shape[1]).abs() for _ in range(CLASSES))
-    context = tuple(torch.randn(2, weight.shape[1]).abs() for _ in range(CLASSES))
+@pytest.fixture
+def prototypes(scene: Scene) -> Prototypes:
+    dim = scene.classifier.backbone.dim
+    foreground = tuple(torch.randn(3, dim).abs() for _ in range(CLASSES))
+    context = tuple(torch.randn(2, dim).abs() for _ in range(CLASSES))
     indices = tuple(([0, 1, 2], [0, 1]) for _ in range(CLASSES))
-    prototypes = Prototypes(("a", "b", "c", "d"), own, context, indices)
-    heads = [
-        MapHead(scene.make("both"), prototypes.directions("both")),
-        MapHead(scene.make("cam"), None),
-        MapHead(scene.make("context"), prototypes.directions("context"), 1.0),
-    ]
+    return Prototypes(("a", "b", "c", "d"), foreground, context, indices)
 
-    scene.predict(LPCAMCallback(weight, heads))
+
+def test_each_setting_writes_its_own_maps_into_its_own_folder(
+    scene: Scene, prototypes: Prototypes
+) -> None:
+    kinds = ["both", "cam", "context"]
+    maker = MapMaker(
+        [lpcam_setting(prototypes, "both"), MapSetting(), lpcam_setting(prototypes, "context")]
+    )
+    folders = [scene.make(kind) for kind in kinds]
+
+    scene.predict(LPCAMCallback(maker, folders))
 
     names = [f"{picture.id}.npz" for picture in scene.pictures]
     for picture in scene.pictures:
         size = Image.open(picture.path).size[::-1]
         grid = (size[0] // 4, size[1] // 4)
-        case = Case(scene.features(picture), weight, prototypes)
-        for head in heads:
-            assert sorted(file.name for file in head.folder.iterdir()) == sorted(names)
-            found = load(head.folder / f"{picture.id}.npz")
+        case = Case(scene.features(picture), scene.classifier.weight, prototypes)
+        for kind, folder in zip(kinds, folders, strict=True):
+            assert sorted(file.name for file in folder.iterdir()) == sorted(names)
+            found = load(folder / f"{picture.id}.npz")
             assert {key: value.dtype for key, value in found.items()} == {
                 "keys": np.int64,
                 "maps": np.float16,
@@ -284,95 +137,143 @@ def test_each_head_writes_its_own_maps_into_its_own_folder(scene: Scene) -> None
             assert found["maps"].shape == (len(found["keys"]), *grid)
             assert tuple(found["size"]) == size
             for key, values in zip(found["keys"], found["maps"], strict=True):
-                expected = case.expected(head.folder.name, 0, key, size)
+                expected = case.expected(kind, 0, key, size)
                 np.testing.assert_allclose(values, expected, rtol=0, atol=2e-3)
+
+
+class LeftHalf(Classifier):
+    """A host that lets LPCAM be active in the left half of a picture only."""
+
+    finishes = True
+
+    def finish(self, maps: Tensor, views: HostViews, classes: Tensor) -> Tensor:
+        assert views.features.shape[-2:] == maps.shape[-2:]
+        left = torch.arange(maps.shape[-1], device=maps.device) < maps.shape[-1] // 2
+        return maps * left
+
+
+def test_the_host_finishes_lpcam_and_not_its_own_maps(scene: Scene, prototypes: Prototypes) -> None:
+    def write(scene: Scene, name: str) -> list[Path]:
+        folders = [scene.make(f"{name}_lpcam"), scene.make(f"{name}_cam")]
+        maker = MapMaker([lpcam_setting(prototypes, "class"), MapSetting()])
+        scene.predict(LPCAMCallback(maker, folders), scales=[1.0])
+        return folders
+
+    host = LeftHalf(build_backbone("test_resnet", None), CLASSES).eval()
+    host.load_state_dict(scene.classifier.state_dict())
+    plain = write(scene, "plain")
+    finished = write(Scene(scene.pictures, host, scene.folder), "finished")
+
+    for picture in scene.pictures:
+        name = f"{picture.id}.npz"
+        assert (finished[1] / name).read_bytes() == (plain[1] / name).read_bytes()
+        before, after = (load(folders[0] / name)["maps"] for folders in (plain, finished))
+        width = before.shape[-1]
+        assert not after[..., 3 * width // 4 :].any()
+        if picture.labels:
+            assert before[..., 3 * width // 4 :].any()
+            assert after[..., : width // 4].any()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_kept_features_are_those_that_lpcam_reads(
+    scene: Scene, prototypes: Prototypes, size: int
+) -> None:
+    settings = [lpcam_setting(prototypes, "both"), lpcam_setting(prototypes, "context")]
+    maker = MapMaker(settings, rounded=True)
+    folders, kept = [scene.make("both"), scene.make("context")], scene.make("kept")
+
+    scene.predict(LPCAMCallback(maker, folders, kept=kept), batch_size=size)
+
+    names = sorted(f"{picture.id}.npz" for picture in scene.pictures)
+    assert sorted(file.name for file in kept.iterdir()) == names
+    for picture in scene.pictures:
+        found = list(load(kept / f"{picture.id}.npz").values())
+        assert [scale.dtype for scale in found] == [np.float16] * 2
+        for scale, views in zip(found, scene.features(picture), strict=True):
+            np.testing.assert_allclose(scale, views.sum(0)[0], rtol=2e-3, atol=1e-3)
+        scales = [HostViews(torch.from_numpy(scale)[None, None].float()) for scale in found]
+        labels = torch.zeros(1, CLASSES).bool()
+        labels[0, list(picture.labels or ())] = True
+        made = maker(scales, labels, Image.open(picture.path).size[::-1])
+        for folder, maps in zip(folders, made, strict=True):
+            # As precise as a record: it holds multiples of 2^-9.
+            written = load(folder / f"{picture.id}.npz")["maps"]
+            np.testing.assert_allclose(written, maps, rtol=0, atol=2**-10 + 2**-11)
 
 
 def test_a_picture_without_labels_alone_in_its_batch(scene: Scene) -> None:
     folder = scene.make("cam")
-    scene.predict(LPCAMCallback(scene.classifier.weight, [MapHead(folder, None)]), batch_size=1)
+    scene.predict(LPCAMCallback(MapMaker([MapSetting()]), [folder]), batch_size=1)
     found = load(folder / "third.npz")
     assert found["keys"].shape == (0,)
     assert found["maps"].shape == (0, 16, 20)
     assert found["size"].tolist() == [64, 80]
 
 
-def test_without_eps_the_maximum_is_one() -> None:
-    """That of LPCAM: plain CAM is divided by its maximum and 1e-5, in the published code too."""
-    case = random_case(19)
-    heads = [case.head(kind) for kind in ("cam", "both")]
-    plain, lpcam = LPCAMCallback(case.weight, heads, eps=0).maps(case.features, LABELS, SIZE)
-    assert (lpcam.amax((1, 2)) == 1).all()
-    assert (plain.amax((1, 2)) < 1).all()
-    zero = [torch.zeros_like(views) for views in case.features]
-    assert not LPCAMCallback(case.weight, heads, eps=0).maps(zero, LABELS, SIZE).any()
-
-
-def test_without_context_positive_features_need_no_relu() -> None:
-    """The published code leaves it out there; features after a ReLU make no negative cosine."""
-    case = random_case(20)
-    features = [views.abs() for views in case.features]
-    own = [prototypes.abs() for prototypes in case.prototypes.own]
-    directions = prototype_directions(own, [vectors[:0] for vectors in own])
-    for views in features:
-        assert (local_prototype_map(views.sum(0), directions) >= 0).all()
-
-
 @pytest.mark.parametrize("size", [1, 2])
-def test_feature_files_with_the_sampled_cam(scene: Scene, size: int) -> None:
+def test_feature_files_with_maps_over_all_views(scene: Scene, size: int) -> None:
     folder = scene.make("features")
     weight = scene.classifier.weight
     scene.predict(
-        FeatureCallback(folder, local=True, cam_weight=weight), batch_size=size, scales=[1.0, 0.5]
+        FeatureCallback(folder, local=True, maps="multi_scale"), batch_size=size, scales=[1.0, 0.5]
     )
     for picture in scene.pictures:
         found = load(folder / f"{picture.id}.npz")
         half, whole = (views[:, 0].double().numpy() for views in scene.features(picture))
-        assert found["cam"].dtype == np.float32
-        assert found["cam"].shape == (len(picture.labels or ()), *found["local"].shape[:2])
+        assert found["maps"].dtype == np.float32
+        assert found["maps"].shape == (len(picture.labels or ()), *found["local"].shape[:2])
         np.testing.assert_allclose(
             found["local"].transpose(2, 0, 1), whole[0], rtol=2e-3, atol=1e-3
         )
-        for label, cam in zip(picture.labels or (), found["cam"], strict=True):
+        for label, values in zip(picture.labels or (), found["maps"], strict=True):
             expected = multiscale.sampled_plain_map(
                 [whole, half], weight[label].double().numpy(), Image.open(picture.path).size[::-1]
             )
-            np.testing.assert_allclose(cam, expected, rtol=0, atol=5e-5)
+            np.testing.assert_allclose(values, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("views", [{"scales": [1.0], "flip": False}, {"scales": [1.0, 0.5]}])
+@pytest.mark.parametrize("local", [True, False])
+def test_feature_files_with_maps_of_the_features_themselves(
+    scene: Scene, local: bool, views: dict[str, Any]
+) -> None:
+    folder = scene.make("features")
+    weight = scene.classifier.weight.double().numpy()
+    scene.predict(FeatureCallback(folder, local=local, maps="single_view"), batch_size=2, **views)
+    active = 0
+    for picture in scene.pictures:
+        found = load(folder / f"{picture.id}.npz")
+        assert found.keys() == ({"pooled", "local", "maps"} if local else {"pooled", "maps"})
+        plain = scene.features(picture)[1][:1, 0].double().numpy()
+        assert found["maps"].dtype == np.float32
+        assert found["maps"].shape == (len(picture.labels or ()), *plain.shape[2:])
+        for label, values in zip(picture.labels or (), found["maps"], strict=True):
+            rectified = activation.class_activation_map(plain, weight[[label]])[0, 0]
+            expected = activation.normalize_map(rectified, 1e-5)
+            np.testing.assert_allclose(values, expected, rtol=0, atol=5e-5)
+            active += expected.max() > 0.9
+    assert active >= 3  # of six; a random classifier's score may be below 0 everywhere
 
 
 @pytest.mark.parametrize("local", [True, False])
 def test_feature_files(scene: Scene, local: bool) -> None:
     folder = scene.make("features")
-    loader = view_loader(
-        scene.pictures,
-        CLASSES,
-        scales=[1.0],
-        flip=False,
-        mean=scene.classifier.backbone.mean,
-        std=scene.classifier.backbone.std,
-        batch_size=2,
-    )
-    pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        callbacks=[FeatureCallback(folder, local=local)],
-    ).predict(scene.classifier, loader, return_predictions=False)
+    scene.predict(FeatureCallback(folder, local=local), batch_size=2, scales=[1.0], flip=False)
 
     names = sorted(f"{picture.id}.npz" for picture in scene.pictures)
     assert sorted(file.name for file in folder.iterdir()) == names
     for picture in scene.pictures:
-        own = scene.features(picture)[1][0, 0].numpy()
+        plain = scene.features(picture)[1][0, 0].numpy()
         found = load(folder / f"{picture.id}.npz")
         assert found.keys() == ({"pooled", "local"} if local else {"pooled"})
         assert found["pooled"].dtype == np.float32
-        mean = own.reshape(len(own), -1).astype(np.float64).mean(1)
+        mean = plain.reshape(len(plain), -1).astype(np.float64).mean(1)
         np.testing.assert_allclose(found["pooled"], mean, rtol=1e-3, atol=1e-4)
         if local:
             assert found["local"].dtype == np.float16
-            assert found["local"].shape == (*own.shape[1:], len(own))
-            for row, column in np.ndindex(own.shape[1:]):
+            assert found["local"].shape == (*plain.shape[1:], len(plain))
+            for row, column in np.ndindex(plain.shape[1:]):
                 np.testing.assert_allclose(
-                    found["local"][row, column], own[:, row, column], rtol=2e-3, atol=1e-3
+                    found["local"][row, column], plain[:, row, column], rtol=2e-3, atol=1e-3
                 )

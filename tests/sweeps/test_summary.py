@@ -16,15 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from lpcam.__main__ import main
 from lpcam.data.folder import Folder
 from lpcam.errors import InputError
-from lpcam.seeds.masks import save_mask
+from lpcam.seeds.palette import save_mask
 from lpcam.sweeps.charts import charts, evenly
 from lpcam.sweeps.figures import heat_cells, shorten
 from lpcam.sweeps.findings import Sweep, best_in_words, class_ious, command_of, effects, no_help
-from lpcam.sweeps.gallery import choose_jobs, choose_pictures, make_rows
+from lpcam.sweeps.gallery import choose_jobs, gallery_pictures, make_rows
 from lpcam.sweeps.jobs import Job, read_jobs
-from lpcam.sweeps.summary import main, print_summary, write_summary
+from lpcam.sweeps.summary import print_summary, write_summary
 from lpcam.sweeps.table import computed, to_csv
 from tests.pages import NASTY, Page
 
@@ -557,7 +558,7 @@ def test_a_mask_that_is_missing_damaged_or_of_another_size_is_left_out(
 
 def test_default_pictures_are_of_different_classes(pictures: Folder) -> None:
     def ids(*names: str, count: int) -> list[str]:
-        return [p.id for p in choose_pictures(pictures, "val", names, count)]
+        return [p.id for p in gallery_pictures(pictures, "val", names, count)]
 
     assert ids(count=2) == ["p0", "p3"]
     assert ids(count=6) == ["p0", "p3", "p1", "p2"]
@@ -613,7 +614,7 @@ def test_a_stopped_sweep_is_summarised_by_hand(tmp_path: Path, pictures: Folder,
     )
     (sweep / "multirun.yaml").write_text("hydra: {overrides: {task: ['k=4,8', 'x=a b']}}")
 
-    assert main([str(sweep)]) == 0
+    assert main(["summary", str(sweep)]) == 0
 
     printed = capsys.readouterr()
     assert "failed: stopped (k=8): no memory" in printed.out
@@ -626,10 +627,12 @@ def test_a_stopped_sweep_is_summarised_by_hand(tmp_path: Path, pictures: Folder,
 
 def test_by_hand_without_a_config_or_a_sweep(tmp_path: Path, capsys) -> None:
     add_job(tmp_path, "job", "k=4", metrics=scores(0.5))
-    assert main([str(tmp_path)]) == 0
+    assert main(["summary", str(tmp_path)]) == 0
     assert "no job has a config.yaml" in capsys.readouterr().err
+    page = Page((tmp_path / "sweep.html").read_text())
+    assert ("pre", f"lpcam summary {tmp_path}") in page.texts
 
-    assert main([str(tmp_path / "nowhere")]) == 1
+    assert main(["summary", str(tmp_path / "nowhere")]) == 1
     assert "nowhere: holds no job" in capsys.readouterr().err
 
 

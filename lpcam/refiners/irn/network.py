@@ -18,8 +18,6 @@ class RelationNetwork(nn.Module):
         channels: Channels of each stage, the finest first; at least three.
     """
 
-    mean_shift: Tensor
-
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
         self.edge_branches = nn.ModuleList(_branch(size, 32, 4) for size in channels)
@@ -32,7 +30,6 @@ class RelationNetwork(nn.Module):
         self.merge_deep = _branch(256 * len(deep), 256, 16)
         self.merge = _branch(256 + 64 + 128, 256, 16)
         self.displacement_out = nn.Conv2d(256, 2, 1, bias=False)
-        self.register_buffer("mean_shift", torch.zeros(2))
 
     def edge(self, features: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         """Boundary logits.
@@ -53,8 +50,7 @@ class RelationNetwork(nn.Module):
     def displacement(self, features: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         """Displacements ``(B, 2, *grid)`` (rows, columns) to a common point of each object.
 
-        In evaluation their mean over the training pictures is subtracted, since training fixes only
-        the differences.
+        Training fixes only their differences.
         """
         half = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
         features = _fit(features, grid)
@@ -66,8 +62,7 @@ class RelationNetwork(nn.Module):
             resize(branch(stage), grid).relu()
             for branch, stage in zip(self.shallow, features[:2], strict=True)
         ]
-        found = self.displacement_out(self.merge(torch.cat([*shallow, merged], 1)).relu())
-        return found if self.training else found - self.mean_shift[:, None, None]
+        return self.displacement_out(self.merge(torch.cat([*shallow, merged], 1)).relu())
 
 
 def _branch(channels: int, width: int, groups: int) -> nn.Sequential:

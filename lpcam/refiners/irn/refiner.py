@@ -1,9 +1,9 @@
 """IRN as a refiner: its settings, and how maps are refined."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import pydantic
 import torch
 from PIL import Image
 from torch import Tensor
@@ -11,11 +11,12 @@ from torch import Tensor
 from lpcam.data.transforms import normalize
 from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
-from lpcam.refiners.heads import HeadRefiner, resize
+from lpcam.refiners.heads import Exponent, HeadRefiner, Radius, resize
 from lpcam.refiners.irn.training import RelationTraining
 from lpcam.refiners.labels import relation_labels
 from lpcam.refiners.random_walk import random_walk
 from lpcam.seeds.record import SeedRecord, grid_size
+from lpcam.settings import CHECKED, Pair, Rate, Scale, Share, one_of
 
 
 class Thresholds(NamedTuple):
@@ -67,31 +68,29 @@ class IRN(HeadRefiner):
         **options: See :class:`~lpcam.refiners.heads.HeadRefiner`.
 
     Raises:
-        InputError: A setting is outside its range.
+        InputError: ``conf_bg`` is above ``conf_fg``.
     """
 
     cell = 4
     label_settings = ("conf_fg", "conf_bg")
     _trained: RelationTraining
 
+    @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
         *,
-        thresholds: str = "cutouts_lpcam",
-        conf_fg: float | None = None,
-        conf_bg: float | None = None,
-        background: float | None = None,
-        power: float | None = None,
-        radius: int = 10,
-        scales: Sequence[float] = (0.5, 1.5),
-        lr: float = 0.1,
-        walk_radius: int = 5,
-        beta: float = 10,
+        thresholds: Annotated[str, one_of(THRESHOLDS)] = "cutouts_lpcam",
+        conf_fg: Share | None = None,
+        conf_bg: Share | None = None,
+        background: Share | None = None,
+        power: Exponent | None = None,
+        radius: Radius = 10,
+        scales: Pair[Scale] = (0.5, 1.5),
+        lr: Rate = 0.1,
+        walk_radius: Radius = 5,
+        beta: Exponent = 10,
         **options: Any,
     ) -> None:
-        if thresholds not in THRESHOLDS:
-            names = ", ".join(THRESHOLDS)
-            raise InputError(f"refiner.thresholds={thresholds}: unknown; choose among {names}")
         named = THRESHOLDS[thresholds]
         if background is None:
             background = named.background
@@ -102,10 +101,9 @@ class IRN(HeadRefiner):
         self.conf_bg = named.conf_bg if conf_bg is None else conf_bg
         self.power = named.power if power is None else power
         self.walk_radius = walk_radius
-        if not 0 <= self.conf_bg <= self.conf_fg <= 1:
+        if self.conf_bg > self.conf_fg:
             raise InputError(
-                f"refiner.conf_bg={self.conf_bg} and refiner.conf_fg={self.conf_fg}: give two "
-                "scores in 0..1, the first not above the second"
+                f"refiner.conf_bg={self.conf_bg}: give at most refiner.conf_fg={self.conf_fg}"
             )
 
     def training(self, backbone: Backbone) -> RelationTraining:  # noqa: D102 - inherited
@@ -122,7 +120,7 @@ class IRN(HeadRefiner):
         """
         head, backbone = self._trained.head, self._trained.backbone
         pixels = normalize(image, backbone.mean, backbone.std)
-        both = torch.stack([pixels, pixels.flip(2)]).to(head.mean_shift)
+        both = torch.stack([pixels, pixels.flip(2)]).to(head.edge_out.weight)
         grid = grid_size((image.height, image.width))
         plain, mirrored = head.edge(backbone.stages(both), grid)
         return ((plain + mirrored.flip(1)) / 2).sigmoid()

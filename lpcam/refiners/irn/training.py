@@ -1,18 +1,13 @@
 """How IRN's layers learn."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lpcam.data.dataset import Picture, open_picture
-from lpcam.data.transforms import normalize
 from lpcam.models.backbones import Backbone
 from lpcam.refiners.heads import HeadTraining, stage_channels
 from lpcam.refiners.irn.network import RelationNetwork
 from lpcam.refiners.pairs import PairLabels, affinity_loss, mean_where, pair_labels
 from lpcam.refiners.random_walk import at_offset, edge_affinity, pair_offsets
-from lpcam.seeds.record import grid_size
 
 
 def displacement_loss(displacement: Tensor, pairs: PairLabels, radius: int) -> Tensor:
@@ -69,17 +64,3 @@ class RelationTraining(HeadTraining):
         displacement = self.head.displacement(features, grid)
         apart = displacement_loss(displacement, pairs, self.radius)
         return affinity_loss(affinity, pairs) + apart / 2
-
-    @torch.no_grad()
-    def finish(self, pictures: Sequence[Picture]) -> None:
-        """Store the mean displacement over pictures, each counting the same."""
-        self.eval()
-        self.head.mean_shift.zero_()
-        total = torch.zeros_like(self.head.mean_shift)
-        for picture in pictures:
-            image = open_picture(picture.path)
-            pixels = normalize(image, self.backbone.mean, self.backbone.std)[None].to(total)
-            grid = grid_size((image.height, image.width))
-            found = self.head.displacement(self.backbone.stages(pixels), grid)
-            total += found.mean((0, 2, 3))
-        self.head.mean_shift.copy_(total / max(len(pictures), 1))

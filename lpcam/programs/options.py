@@ -1,0 +1,50 @@
+"""The options that stand at the top of a config, and those that say where files go.
+
+Imports nothing heavy: they are checked before anything else is done.
+"""
+
+from typing import Annotated
+
+import pydantic
+from omegaconf import DictConfig
+from pydantic import Field
+
+from lpcam.programs.build import settings
+from lpcam.settings import CHECKED, Names, Seed, Text
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
+class Options:
+    """What every program may have.
+
+    Attributes:
+        data: Folder of generated data sets.
+        store: Folder of the store.
+        output: The run's folder.
+        map_splits: Splits that get maps.
+        seed: Of everything random, the data and the clusters excepted.
+        num_workers: Processes that decode pictures.
+        ckpt: A classifier's checkpoint.
+        report: Write the report.
+        shown_pictures: Ids of pictures to show in every run.
+    """
+
+    data: Text
+    store: Text
+    output: Text
+    map_splits: Names
+    seed: Seed = 0
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 1
+    ckpt: Text | None = None
+    report: bool = True
+    shown_pictures: Names | None = None
+
+
+def options(cfg: DictConfig) -> Options:
+    """The checked options of a config.
+
+    Raises:
+        InputError: One is wrong.
+    """
+    # The seeds of groups are theirs: the first node that has a name gives its value.
+    return settings(Options, cfg, cfg.paths, cfg.dataset)

@@ -1,0 +1,87 @@
+"""Training and inference by two real processes (gloo, CPU), from an empty store."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lpcam.data.loaders import pooled_loader
+from lpcam.models.backbones import build_backbone
+from lpcam.models.classifier import Classifier
+from lpcam.models.host import load_host
+from tests.conftest import ROOT, TINY, TINY_INFER, TINY_TRAIN
+
+TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+
+
+def command(name: str, root: Path, *overrides: str) -> dict[str, float]:
+    """Run a program as a user would, and give back its metrics."""
+    output = root / f"{name}-{len(list(root.iterdir()))}"
+    folders = (f"paths.root={root}", f"hydra.run.dir={output}")
+    words = [sys.executable, f"{name}.py", *TINY, *overrides, "report=false", *folders]
+    if name == "train":
+        words.remove("report=false")
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return json.loads((output / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    root = tmp_path_factory.mktemp("two")
+    return root, command("train", root, *TINY_TRAIN, *TWO)
+
+
+@pytest.mark.slow
+def test_training_reports_the_metrics_of_all_pictures(
+    trained: tuple[Path, dict[str, float]],
+) -> None:
+    """One process that scores the same weights on the whole of val finds the same."""
+    root, metrics = trained
+    (checkpoint,) = root.glob("store/classifier/*/last.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 100
+    assert json.loads((checkpoint.parent / "metrics.json").read_text()) == metrics
+
+    manifests = [json.loads(p.read_text()) for p in root.glob("store/features/*/manifest.json")]
+    assert len(manifests) == 2
+    backbone = build_backbone(OmegaConf.load(ROOT / "conf/backbone/efficientnet_lite0.yaml").name)
+    classifier = load_host(checkpoint, Classifier(backbone, 4))
+    (val,) = (p.parent for p in root.glob("store/features/*/val_00000.npz"))
+    files = sorted(val.glob("*.npz"))
+    assert len(files) == 8
+    pooled = np.stack([np.load(path)["pooled"] for path in files])
+    (tree,) = root.glob("data/shapes/seed0-*[0-9a-f]")
+    labels = np.zeros((8, 4), np.float32)
+    names = ("ringhead", "stripehead", "spothead", "checkhead")
+    for row, path in enumerate(files):
+        text = (tree / "Annotations" / f"{path.stem}.xml").read_text()
+        labels[row] = [f"<name>{name}</name>" in text for name in names]
+    with torch.no_grad():
+        for batch in pooled_loader(pooled, labels, batch_size=8, shuffle=False):
+            loss = torch.nn.functional.multilabel_soft_margin_loss(classifier(batch[0]), batch[1])
+    assert metrics["val/loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_inference_gives_what_one_process_gives(
+    trained: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    root, _ = trained
+    (checkpoint,) = root.glob("store/classifier/*/last.ckpt")
+    options = (*TINY_INFER, f"ckpt={checkpoint}", "prototypes.split=multi_scale")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    two = command("infer", tmp_path / "two", *options, *TWO)
+    one = command("infer", tmp_path / "one", *options)
+    assert one == two
+    pictures = {
+        name: {path.name: path.read_bytes() for path in (tmp_path / name).glob("infer-*/maps/*")}
+        for name in ("one", "two")
+    }
+    assert len(pictures["one"]) == 24
+    assert pictures["one"] == pictures["two"]

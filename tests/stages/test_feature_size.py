@@ -1,0 +1,164 @@
+"""Local features that would fill the disk are refused before any pass."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lpcam.data.dataset import Picture
+from lpcam.errors import InputError
+from lpcam.models.backbones import build_backbone
+from lpcam.settings import make
+from lpcam.stages import features as stage
+from lpcam.stages import passes
+from lpcam.stages.features import FeatureLimit, features
+from lpcam.stages.passes import ViewSettings, feature_bytes
+from tests.conftest import ROOT
+
+COCO = 82_783
+
+
+@dataclass
+class Host:
+    """What the stage reads of a host; ResNet-50's by default."""
+
+    stride: int = 16
+    backbone: Any = field(default_factory=lambda: SimpleNamespace(dim=2048))
+    feature_key: str = "f"
+    score_key: str = "s"
+    maps_from_features: bool = True
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures each pass was for; a pass writes nothing."""
+    counts: list[int] = []
+    monkeypatch.setattr(
+        stage, "predict", lambda _, __, pictures, *___, **____: counts.append(len(pictures))
+    )
+    return counts
+
+
+def faked(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, count: int, width: int = 640, height: int = 480
+) -> list[Picture]:
+    """So many pictures of a size that their files do not have."""
+    file = folder / "any.jpg"
+    file.touch()
+
+    @contextmanager
+    def opened(path: Path, *, decode: bool) -> Iterator[Any]:
+        assert path == file
+        assert not decode
+        yield SimpleNamespace(width=width, height=height)
+
+    monkeypatch.setattr(passes, "open_image", opened)
+    return [Picture(str(index), file, (0,)) for index in range(count)]
+
+
+def build(store: Path, pictures: list[Picture], **options: Any) -> Any:
+    host = options.pop("host", Host())
+    return features(store, None, host, pictures, num_workers=0, **{"local": True} | options)
+
+
+@pytest.mark.parametrize("scales", [[1.0], [0.5, 1.0, 1.5]])
+def test_the_estimate_is_what_features_take(tmp_path: Path, scales: list[float]) -> None:
+    torch.manual_seed(0)
+    host: Any = Host(backbone=build_backbone("test_resnet", None))
+    host.stride = host.backbone.stride
+    sizes = [(64, 64), (65, 100), (90, 33)]
+    pictures, taken = [], 0
+    for width, height in sizes:
+        path = tmp_path / f"{width}.png"
+        Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(path)
+        pictures.append(Picture(path.stem, path, (0,)))
+        for scale in scales:
+            sides = (math.ceil(height * scale), math.ceil(width * scale))
+            with torch.no_grad():
+                taken += host.backbone(torch.zeros(1, 3, *sides)).half().nbytes
+    assert feature_bytes(host, pictures, scales) == taken
+
+
+def test_all_of_coco_is_refused_with_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: list[int]
+) -> None:
+    pictures = faked(monkeypatch, tmp_path, COCO)
+    lite = Host(backbone=SimpleNamespace(dim=1280))
+    with pytest.raises(InputError) as caught:
+        build(tmp_path / "store", pictures, host=lite, limit=FeatureLimit())
+    assert str(caught.value) == (
+        "prototypes.max_features=50: the local features of 82783 pictures would take 254 GB of the "
+        "store; set prototypes.images_per_class=100, as the paper does on COCO, or "
+        "prototypes.max_features=255"
+    )
+    assert not passed
+    assert not (tmp_path / "store").exists()
+
+
+# Of the paper's ResNet-50: VOC's train_aug, and 100 pictures of each of COCO's 80 classes.
+@pytest.mark.parametrize(("count", "side"), [(10_582, (500, 375)), (8_000, (640, 480))])
+def test_the_papers_recipes_fit(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    passed: list[int],
+    count: int,
+    side: tuple[int, int],
+) -> None:
+    pictures = faked(monkeypatch, tmp_path, count, *side)
+    build(tmp_path / "store", pictures, limit=FeatureLimit())
+    assert passed == [count]
+    assert 25e9 < feature_bytes(Host(), pictures, [1.0]) < 50e9  # type: ignore[arg-type]
+
+
+def test_the_limit_counts_scale_1_and_is_inclusive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: list[int]
+) -> None:
+    pictures = faked(monkeypatch, tmp_path, 2)
+    size = 2 * 2 * 40 * 30 * 2048 / 1e9
+    views = ViewSettings((0.5, 1.0, 2.0), True)
+    for options in ({}, {"sampled": views}):
+        with pytest.raises(InputError, match=r"would take 0\.00983 GB .* max_features=1$"):
+            build(tmp_path, pictures, limit=FeatureLimit(size * 0.999), **options)
+        assert not passed
+        build(tmp_path, pictures, limit=FeatureLimit(size), **options)
+        assert passed == [2]
+        passed.clear()
+
+
+def test_only_local_features_have_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: list[int]
+) -> None:
+    pictures = faked(monkeypatch, tmp_path, 2)
+    build(tmp_path, pictures, local=False, limit=FeatureLimit(0))
+    build(tmp_path, pictures)
+    assert passed == [2, 2]
+
+
+def test_features_that_are_there_have_no_limit_and_the_same_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: list[int]
+) -> None:
+    pictures = faked(monkeypatch, tmp_path, 2)
+    made = build(tmp_path, pictures, limit=FeatureLimit())
+    assert build(tmp_path, pictures, limit=FeatureLimit(0)).key == made.key
+    assert build(tmp_path, pictures).key == made.key
+    assert passed == [2]
+
+
+def test_the_setting_is_that_of_the_config() -> None:
+    prototypes = yaml.safe_load((ROOT / "conf/prototypes/default.yaml").read_text())
+    assert FeatureLimit(prototypes["max_features"]) == FeatureLimit()
+
+
+@pytest.mark.parametrize("value", [-1, "50", None, float("nan"), True])
+def test_what_is_no_number_of_gb(value: Any) -> None:
+    with pytest.raises(InputError, match="max_features="):
+        make(FeatureLimit, {"max_features": value})
