@@ -118,6 +118,7 @@ def test_check_is_a_command_too(tmp_path: Path) -> None:
     assert "dataset.root must be the folder VOC2012" in errors
 
 
+@pytest.mark.slow
 def test_the_command_gives_what_the_script_gives(program, tmp_path: Path) -> None:
     short = ("classifier.epochs=20", "classifier.validate_every=10", "classifier.batch_size=8")
     options = (*TINY, *TINY_INFER, *short, "report=false")

@@ -167,7 +167,9 @@ class GeneratedVOC(VOC):
         objects: dict[str, collections.Counter[int]] = {s: collections.Counter() for s in SPLITS}
         jobs = [(split, index) for split in SPLITS for index in range(self.counts[split])]
         title = f"Composing {self.root.parent.name}"
-        for split, index in track(jobs, title, console=Console(stderr=True), transient=True):
+        console = Console(stderr=True)
+        hidden = not console.is_terminal
+        for split, index in track(jobs, title, console=console, transient=True, disable=hidden):
             sample = self._sample(split, index)
             self._write(partial, f"{split}_{index:05d}", sample)
             objects[split].update(label for label, _ in sample.objects)

@@ -1,6 +1,6 @@
 """From a config's nodes to objects and settings; what is wrong in them is one line."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
@@ -35,19 +35,20 @@ class TrainerSettings:
     log_every_n_steps: Annotated[int, Field(ge=1)] = 10
 
 
-def build(node: DictConfig, *arguments: Any) -> Any:
+def build(node: DictConfig, *arguments: Any, without: Collection[str] = ()) -> Any:
     """Instantiate the object that a config node describes by ``_target_``.
 
     Args:
         node: The node.
         arguments: Positional arguments that come before what the node gives; then a ``_partial_``
             node is called too.
+        without: Names in the node that are meant for others.
 
     Raises:
         InputError: A value is missing or wrong, or the target lies outside the allowed modules and
             is not called.
     """
-    described = _plain(node)
+    described = {name: value for name, value in _plain(node).items() if name not in without}
     _check_targets(described)
     if arguments:
         described["_partial_"] = False
@@ -76,24 +77,18 @@ def trainer_maker(node: DictConfig) -> Callable[..., Any]:
     Raises:
         InputError: Lightning refuses the config: no such device, or no such precision.
     """
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
-
     settings(TrainerSettings, node)
     make = build(node)
 
     def checked(**options: Any) -> Any:
         try:
             return make(**options)
-        except (MisconfigurationException, ValueError, TypeError) as error:
+        except Exception as error:  # of a dozen kinds, but all say what is wrong with the config
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            named = [
-                f"{node._get_full_key(name)}={value}"
-                for name, value in _plain(node).items()
-                if str(name) in line.lower() or (isinstance(value, str) and value in line)
-            ]
-            raise InputError(
-                f"{', '.join(named) or 'trainer'}: {line}; see trainer=cpu for what always works"
-            ) from error
+            given = {name: value for name, value in _plain(node).items() if name[0] != "_"}
+            named = [n for n, v in given.items() if n in line.lower() or str(v) in line.split()]
+            names = ", ".join(f"{node._get_full_key(n)}={given[n]}" for n in named or given)
+            raise InputError(f"{names}: {line}; trainer=cpu always works") from error
 
     checked(logger=False, enable_checkpointing=False)  # told before anything is computed
     return checked

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
 import traceback
 import warnings
@@ -67,16 +68,12 @@ def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     A job of a sweep leaves that line in its folder instead, so that the other jobs go on.
     """
 
-    def checked(cfg: DictConfig) -> Any:
-        options(cfg)
-        return function(cfg)
-
     @functools.wraps(function)
     def run_one(cfg: DictConfig) -> Any:
         hydra_config = HydraConfig.get()
         if hydra_config.mode != RunMode.MULTIRUN:
             try:
-                return checked(cfg)
+                return _checked(function, cfg)
             except USER_ERRORS as error:
                 # Hydra would print a line of its own before raising this.
                 _exit(error)
@@ -86,7 +83,7 @@ def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
         try:
             _refuse_ranks(cfg)
             _refuse_one_folder(hydra_config.overrides.task)
-            return checked(cfg)
+            return _checked(function, cfg)
         except Exception as error:
             line = f"{type(error).__name__}: {error}"
             if isinstance(error, USER_ERRORS):
@@ -103,6 +100,28 @@ def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             return None
 
     return run_one
+
+
+def _checked(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """Call a program once its options are known to be right, and say which disk is full if one is.
+
+    Raises:
+        InputError: An option is wrong.
+        OSError: No space is left; its file is a folder of the config's.
+    """
+    found = options(cfg)
+    os.makedirs(found.output, exist_ok=True)  # where it cannot be, say so at once
+    try:
+        return function(cfg)
+    except Exception as error:
+        if isinstance(error, InputError) or getattr(error, "filename", None) is not None:
+            raise
+        # A failing write knows no file, and libraries have errors of their own for it.
+        folders = [f for f in (found.store, found.output, found.data) if os.path.isdir(f)]
+        free, folder = min((shutil.disk_usage(f).free, f) for f in folders)
+        if free < 2**20 or getattr(error, "errno", None) == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder) from error
+        raise
 
 
 def _refuse_ranks(cfg: DictConfig) -> None:
@@ -177,11 +196,13 @@ def choices() -> dict[str, str]:
 
 def _one_line(error: BaseException) -> str:
     """The cause of an error in one line; Hydra's own say little without what caused them."""
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and error.strerror is not None:
         remedy = "check that it is there, and may be read and written"
         if error.errno == errno.ENOSPC:
-            remedy = "free some space, or set paths.store and paths.output elsewhere"
-        return f"{error.filename}: {error.strerror}; {remedy}"
+            remedy = "free some space, or set paths.root elsewhere"
+        path = error.filename2 or error.filename  # what is moved goes to the second
+        where = "" if path is None else f"{path}: "
+        return f"{where}{error.strerror}; {remedy}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         lines = [*lines[:1], *str(error.__cause__).splitlines()[:1]]

@@ -42,9 +42,9 @@ def infer(cfg: DictConfig) -> float | None:
     outputs.save(output, cfg, this, results)
     if cfg.report:
         outputs.report(output, cfg, this, results)
-    if cfg.logger:
-        outputs.log(output, cfg, this, results)
     write_done(output, config, results, time.perf_counter() - start)
+    if cfg.logger:  # last, so that nothing of the results waits for a server
+        outputs.log(output, cfg, this, results)
     print_table(results.scores, this.titles)
     print(f"Results: {output / ('report.html' if cfg.report else '')}")
     return headline(results.metrics, last)

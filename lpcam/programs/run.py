@@ -25,7 +25,7 @@ from lpcam.reporting.shown import choose_pictures
 from lpcam.settings import CHECKED, Share
 from lpcam.stages import centers as center_stage
 from lpcam.stages import maps as map_stage
-from lpcam.stages.features import features
+from lpcam.stages.features import FeatureLimit, features
 from lpcam.stages.refined import refined
 from lpcam.stages.scores import scores
 from lpcam.storage.hashing import digest
@@ -91,6 +91,7 @@ class Run:
         self.store = Path(cfg.paths.store)
         self.clustering = settings(Clustering, cfg.prototypes, cfg.thresholds)
         self.draw = settings(Draw, cfg.prototypes)
+        self.limit = settings(FeatureLimit, cfg.prototypes)
         self.selection = settings(Selection, cfg.thresholds, cfg.prototypes)
         self.inference = settings(map_stage.Inference, cfg.inference)
         self.choice = settings(Choice, cfg.prototypes, cfg.thresholds, cfg.refiner)
@@ -117,6 +118,7 @@ class Run:
             local=True,
             num_workers=self.cfg.num_workers,
             sampled=self.inference.views if self.clustering.split == "multi_scale" else None,
+            limit=self.limit,
         )
         return chosen, found
 

@@ -82,8 +82,8 @@ def set_up(cfg: DictConfig) -> Setup:
     network = settings(Network, cfg.backbone)
     pl.seed_everything(cfg.seed, verbose=False)
     backbone = build_backbone(network.name, network.weights)
-    node = OmegaConf.masked_copy(cfg.classifier, _host_settings(cfg.classifier))
-    host: Host = build(node, backbone, len(dataset.classes))
+    shared = {field.name for field in fields(Fitting)}
+    host: Host = build(cfg.classifier, backbone, len(dataset.classes), without=shared)
     host.precision = precision = str(cfg.trainer.precision)
     dataset.prepare()  # after every value is checked, for it may take minutes
     described: Any = OmegaConf.to_container(cfg.classifier)
@@ -91,12 +91,6 @@ def set_up(cfg: DictConfig) -> Setup:
         Path(cfg.paths.store), dataset, backbone, described, seed=cfg.seed, precision=precision
     )
     return Setup(dataset, host, fitting, stage)
-
-
-def _host_settings(node: DictConfig) -> list[str]:
-    """The settings of a classifier's config that are the host's own."""
-    shared = {field.name for field in fields(Fitting)}
-    return [str(name) for name in node if name not in shared]
 
 
 def trained(cfg: DictConfig, overrides: Sequence[str]) -> Trained:

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,8 @@ OWN_DATA_DIR = "WANDB_DATA_DIR" not in os.environ
 STEP = "trainer/global_step"  # the step of all that Lightning logs
 # Seconds that W&B gets to start a run, to answer a question, and to send what is left at the end:
 # 300 MB, the checkpoint of a large backbone, pass in two minutes at 20 Mbit/s.
-STARTING, ANSWERING, SENDING = 30.0, 4.0, 120.0
+# (More than 15, for W&B writes to disk that often.)
+STARTING, ANSWERING, SENDING = 30, 3, 120
 # Seconds for which jobs are recorded offline after a failure: each would wait for as long again.
 PAUSE = 600.0
 _outage = ("", 0.0)  # why W&B's server is left alone, and until when
@@ -78,8 +80,6 @@ def wandb_logger(
             console="off",  # progress bars; Hydra keeps a log
             x_save_requirements=False,  # listing the installed packages takes 0.4 s a run
             init_timeout=STARTING,
-            finish_timeout=SENDING,
-            finish_timeout_raises=True,
             x_graphql_retry_max=20,  # W&B's own values: what is sent outlives a short outage
             x_graphql_timeout_seconds=30,
         ),
@@ -99,15 +99,8 @@ def _mode() -> tuple[str, str]:
     if time.monotonic() < until:
         return "offline", cause
     try:
-        # Asked twice: W&B's 20 tries outlast its own limits, and then it cannot name the cause.
-        wandb.setup(
-            wandb.Settings(
-                x_graphql_retry_max=1,
-                x_graphql_retry_wait_min_seconds=1,
-                x_graphql_retry_wait_max_seconds=1,
-                x_graphql_timeout_seconds=ANSWERING,
-            )
-        )
+        # Asked twice: W&B's 20 tries outlast its own 10 s, and then it cannot name the cause.
+        wandb.setup(wandb.Settings(x_graphql_retry_max=1, x_graphql_timeout_seconds=ANSWERING))
         return ("online", "") if wandb.login(prompt=False) else ("offline", "not logged in")
     except wandb.Error as error:
         return "offline", _pause(error)
@@ -176,6 +169,7 @@ def _begin(logger: WandbLogger) -> None:
     except wandb.Error as error:
         if options["mode"] != "online":
             raise
+        _drop_service()  # it holds the run's id
         _tell_offline(options["dir"], _pause(error))
         options["mode"] = "offline"
         _ = logger.experiment
@@ -238,13 +232,51 @@ def _end(failed: bool) -> None:
     import wandb
 
     run = wandb.run
+    if run is None:
+        return
+    late = threading.Event()
+
+    def give_up() -> None:
+        # W&B's finish_timeout starts when its process gets to the end of the run, and each question
+        # to a dead server before it may take a quarter of an hour. Without its process finish()
+        # returns, and so does what W&B does when this one exits.
+        late.set()
+        _kill_service()
+
+    timer = threading.Timer(SENDING, give_up)
+    timer.daemon = True
+    timer.start()
     try:
         wandb.finish(exit_code=int(failed))
-    except TimeoutError:
-        assert run is not None
-        why = _pause(TimeoutError(f"its server did not take a run in {SENDING:.0f} s"))
-        later = f"send the rest with  wandb sync {run.settings.sync_dir}"
+    except Exception:
+        if not late.is_set():
+            raise
+    finally:
+        timer.cancel()
+    if late.is_set():
+        _drop_service()
+        why = _pause(TimeoutError(f"its server did not take a run in {SENDING} s"))
+        later = f"send it with  wandb sync --include-online {run.settings.sync_dir}"
         print(f"warning: W&B: {why}, results are not affected; {later}", file=sys.stderr)
+
+
+def _kill_service() -> None:
+    """Kill W&B's process; what it was given lies on disk."""
+    from wandb.sdk import wandb_setup
+
+    service = wandb_setup.singleton()._connection
+    if service and service._proc:
+        service._proc._process.kill()
+
+
+def _drop_service() -> None:
+    """Part with W&B's process, which waits or does not answer: the next run gets another."""
+    import wandb
+
+    _kill_service()
+    with contextlib.suppress(Exception, SystemExit):  # exits with the status of what was killed
+        wandb.teardown()
+    wandb.run = None
 
 
 @contextlib.contextmanager
@@ -272,10 +304,8 @@ def tolerated() -> Iterator[None]:
 
             with contextlib.suppress(Exception):
                 _end(failed=True)
-            if wandb.run is not None:  # its service does not answer: the next job needs another
-                with contextlib.suppress(Exception):
-                    wandb.teardown()
-                wandb.run = None
+            if wandb.run is not None:
+                _drop_service()
 
 
 def warn(error: Exception, what: str = "") -> None:

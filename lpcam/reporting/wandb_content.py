@@ -81,12 +81,13 @@ def _log_file(logger: WandbLogger, name: str, path: Path, used: bool) -> None:
     artifact = wandb.Artifact(name, name.split("-")[0])
     # Immutable: sent from where it lies, not copied first.
     artifact.add_file(str(path), policy="immutable")
-    if used:
-        # Not use_artifact, which refuses offline runs and waits without end for a server that is
-        # away; this writes the record that it would.
-        logger.experiment._log_artifact(artifact, is_user_created=True, use_after_commit=True)
-    else:
-        logger.experiment.log_artifact(artifact)
+    artifact.finalize()
+    run = logger.experiment
+    # Not log_artifact and use_artifact: online, they wait for the server, the latter without end,
+    # and leave nothing on disk to be sent later; use_artifact refuses offline runs.
+    run._interface.publish_artifact(
+        run, artifact, aliases=["latest"], is_user_created=used, use_after_commit=used
+    )
 
 
 def _curves(scores: Mapping[str, Mapping[str, SegmentationResult]]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from lpcam.models.backbones import Backbone
 from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer, fit, per_process
 from lpcam.settings import CHECKED, Count, Pair
-from lpcam.stages.features import features, read_features
+from lpcam.stages.features import FeatureLimit, features, read_features
+from lpcam.stages.passes import feature_bytes
 from lpcam.storage.files import write_json
 from lpcam.storage.ranks import is_main_process
 from lpcam.storage.store import Stage
@@ -154,7 +155,11 @@ def _pooled(
     found = []
     for split in (dataset.train_split, dataset.val_split):
         pictures = dataset.pictures(split)
-        local = split == dataset.prototype_split
+        # Local features for prototypes come of the same pass, if the store is to hold so many.
+        local = (
+            split == dataset.prototype_split
+            and feature_bytes(host, pictures, [1.0]) <= FeatureLimit().max_features * 1e9
+        )
         stage = features(store, make_trainer, host, pictures, local=local, num_workers=num_workers)
         pooled = np.stack([read_features(stage, picture, "pooled") for picture in pictures])
         found.append((pooled, multi_hot(pictures, len(dataset.classes))))

@@ -236,7 +236,7 @@ def test_without_apt_the_other_data_set_is_offered(tmp_path, monkeypatch):
 
 def test_the_config_says_what_the_code_does(tmp_path):
     config = OmegaConf.create({"paths": {"data": str(tmp_path)}, "dataset": OmegaConf.load(CONF)})
-    configured = instantiate(config.dataset)
+    configured = instantiate(config.dataset, _convert_="all")
     assert isinstance(configured, Cutouts)
     assert configured.root == Cutouts(tmp_path / "cutouts").root
     assert configured.settings == Cutouts(tmp_path / "cutouts").settings

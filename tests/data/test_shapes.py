@@ -112,7 +112,7 @@ def test_a_tied_class_stands_on_its_background(tmp_path):
 
 def test_the_config_says_what_the_code_does(tmp_path):
     config = OmegaConf.create({"paths": {"data": str(tmp_path)}, "dataset": OmegaConf.load(CONF)})
-    configured = instantiate(config.dataset)
+    configured = instantiate(config.dataset, _convert_="all")
     assert isinstance(configured, Shapes)
     assert configured.root == Shapes(tmp_path / "shapes").root
     assert configured.settings == Shapes(tmp_path / "shapes").settings

@@ -48,9 +48,9 @@ def found_in(model: nn.Module, **arguments: Any) -> FeatureLayers:
 def test_timms_deit_needs_no_argument() -> None:
     torch.manual_seed(0)
     model = timm.create_model("deit_tiny_patch16_224", num_classes=CLASSES)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match=WARNING) as caught:
         cam = LPCAM(model, k=2, class_score=0.0)
-        maps = cam.fit([batch(224, 224)], progress=False)(batch(224, 224)[0])
+    maps = cam.fit([batch(224, 224)], progress=False)(batch(224, 224)[0])
 
     # Said once, about the line that asked for it.
     assert [(str(said.message), said.filename) for said in caught] == [(WARNING, __file__)]
@@ -94,7 +94,7 @@ def test_torchvisions_class() -> None:
 
 def test_naming_the_layer_is_the_same() -> None:
     model = vit()
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match=WARNING) as caught:
         assert found_in(model) == found_in(model, target_layer="norm")
     assert [str(said.message) for said in caught] == [WARNING] * 2
 
@@ -155,7 +155,7 @@ def test_fit_save_and_load_at_several_sizes(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=WARNING):
         cam = LPCAM(model, k=2, class_score=0.0, example=(3, SIDE, SIDE))
     cam.fit([batch(), batch(48, 80)], progress=False).save(tmp_path / "a.safetensors")
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match=WARNING) as caught:
         loaded = LPCAM.load(tmp_path / "a.safetensors", model)
     assert [str(said.message) for said in caught] == [WARNING]
 
@@ -178,7 +178,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     noise = np.random.default_rng(0).integers(0, 256, (150, 250, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "wide.png")
 
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match=WARNING) as caught:
         status = main(
             ["explain", str(tmp_path / "wide.png"), "--model=deit_tiny_patch16_224",
              f"--weights={tmp_path / 'deit.pth'}", f"--prototypes={tmp_path / 'a.safetensors'}",

@@ -135,3 +135,20 @@ def test_processes_share_a_batch_evenly() -> None:
     assert [per_process(12, n, "batch_size") for n in (1, 2, 3, 12)] == [12, 6, 4, 1]
     with pytest.raises(InputError, match=r"^batch_size=12: cannot be shared by 5 devices"):
         per_process(12, 5, "batch_size")
+
+
+@pytest.mark.parametrize(("rate", "epoch"), [(1e30, 1), (1e3, 2)])
+def test_a_training_that_diverges_ends_and_leaves_nothing_to_go_on_from(
+    tmp_path: Path, rate: float, epoch: int
+) -> None:
+    class Steep(Line):
+        def configure_optimizers(self) -> Any:
+            return polynomial(self, torch.optim.SGD(self.layer.parameters(), rate), 0)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return (self.layer(batch[0]) - batch[1]).square().mean()
+
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"^here\.lr: training diverged in epoch {epoch}, "):
+            fit(trainer_maker(), Steep(), tmp_path, loaders(), epochs=9, lr_setting="here.lr")
+        assert not list(tmp_path.rglob("*.ckpt"))

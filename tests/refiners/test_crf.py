@@ -226,7 +226,7 @@ def test_inputs() -> None:
 
 
 def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"^refiner\.parameters='none': choose from irn_labels, psa"):
+    with pytest.raises(InputError, match=r"^refiner\.parameters='none': choose from irn_labels"):
         CRF(parameters="none")
     with pytest.raises(InputError, match=r"^refiner\.parameters\.gaussian_sxy: .*required"):
         CRF(parameters={"iterations": 3})

@@ -166,7 +166,7 @@ def test_single_values_take_precedence() -> None:
     ("settings", "message"),
     [
         ({"thresholds": "best"}, "choose from cutouts_lpcam, "),
-        ({"conf_fg": 0.2, "conf_bg": 0.3}, r"^refiner\.conf_bg=0\.3: give at most refiner\.conf_fg"),
+        ({"conf_fg": 0.2, "conf_bg": 0.3}, r"^refiner\.conf_bg=0\.3: give at most"),
         ({"conf_fg": 1.2}, "should be less than or equal to 1"),
         ({"crop": 64}, r"^refiner\.crop=64: give a multiple"),
         ({"labels": "none"}, "should be 'par' or 'crf'"),

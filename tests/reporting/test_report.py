@@ -305,7 +305,7 @@ def test_pictures_without_mask_or_class_are_left_out_of_the_comparison(run: Run)
 
 
 def test_where_nothing_differs_the_first_pictures_are_shown(tmp_path: Path) -> None:
-    dataset = TinyDataset(tmp_path, ["bird"])
+    dataset = TinyDataset(tmp_path, ["bird", "fish"])
     dataset.add("val", "no mask", (0,), share=None)
     dataset.add("val", "same", (0,), share=0.5)
     run = Run(dataset, tmp_path / "report.html")

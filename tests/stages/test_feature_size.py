@@ -42,9 +42,11 @@ class Host:
 def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pictures each pass was for; a pass writes nothing."""
     counts: list[int] = []
-    monkeypatch.setattr(
-        stage, "predict", lambda _, __, pictures, *___, **____: counts.append(len(pictures))
-    )
+
+    def predict(make_trainer: Any, host: Any, pictures: list[Picture], *_: Any, **__: Any) -> None:
+        counts.append(len(pictures))
+
+    monkeypatch.setattr(stage, "predict", predict)
     return counts
 
 
@@ -126,7 +128,7 @@ def test_the_limit_counts_scale_1_and_is_inclusive(
     size = 2 * 2 * 40 * 30 * 2048 / 1e9
     views = ViewSettings((0.5, 1.0, 2.0), True)
     for options in ({}, {"sampled": views}):
-        with pytest.raises(InputError, match=r"would take 0\.00983 GB .* max_features=1$"):
+        with pytest.raises(InputError, match=r"would take 0\.00983 GB .*\.max_features=1$"):
             build(tmp_path, pictures, limit=FeatureLimit(size * 0.999), **options)
         assert not passed
         build(tmp_path, pictures, limit=FeatureLimit(size), **options)
