@@ -46,7 +46,6 @@ def one_of(names: Collection[str]) -> AfterValidator:
 CHECKED = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid", arbitrary_types_allowed=True)
 Text = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]  # of learning; torch's floats overflow far above
 Scale = Annotated[float, Field(gt=0, le=8)]
 Count = Annotated[int, Field(ge=1)]

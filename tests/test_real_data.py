@@ -167,7 +167,7 @@ def test_studies(program, tmp_path: Path, name: str, make, classes) -> None:
 
 
 def test_pictures_per_class(program, tmp_path: Path) -> None:
-    """Only the features of chosen pictures are computed; the CAM for the split lies with them."""
+    """Only the features of chosen pictures are computed; maps for the split lie with them."""
     tree = coco_tree(tmp_path)
     study = ("experiments=coco_lpcam", f"dataset.root={tree.root}", *FAST)
     outcome = program("train", *study, "+trainer.limit_train_batches=1", *at(tmp_path, "train"))
@@ -180,22 +180,28 @@ def test_pictures_per_class(program, tmp_path: Path) -> None:
     chosen = {}
     for manifest in tmp_path.glob("store/features/*/manifest.json"):
         files = sorted(manifest.parent.glob("*.npz"))
-        sampled = "weight" in json.loads(manifest.read_text())["inputs"]
+        sampled = "views" in json.loads(manifest.read_text())["inputs"]
         chosen[sampled] = {path.stem for path in files}
         with np.load(files[0]) as first:
-            assert ("cam" in first) == sampled
+            assert ("maps" in first) == sampled
     labelled = {"odd", "pixel", "grey", "cmyk", "turned"}
     assert chosen[True] == labelled  # never the picture without a label
     assert 1 <= len(chosen[False]) <= 3
     assert chosen[False] < labelled
 
     for override, words in (
-        ("prototypes.split=both", "choose single_view or multi_scale"),
+        (
+            "prototypes.split=both",
+            "split='both': should be 'single_view' or 'multi_scale'",
+        ),
         ("inference.scales=[0.5,2]", "takes features at scale 1"),
-        ("prototypes.init=first", "choose k-means++ or random"),
-        ("prototypes.fallback=none", "choose best or error"),
-        ("prototypes.images_per_class=0", "give a number above 0"),
-        ("prototypes.max_iter=0", "give a number above 0"),
+        ("prototypes.init=first", "prototypes.init='first': should be 'k-means++' or 'random'"),
+        ("prototypes.fallback=none", "prototypes.fallback='none': should be 'best' or 'error'"),
+        (
+            "prototypes.images_per_class=0",
+            "images_per_class=0: should be greater than or equal",
+        ),
+        ("prototypes.max_iter=0", "max_iter=0: should be greater than or equal to 1"),
     ):
         outcome = program("infer", *overrides, override, *at(tmp_path, "wrong"))
         assert outcome.status == 1

@@ -61,9 +61,10 @@ class _Diverged(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *batch: Any
     ) -> None:
+        if not trainer.is_last_batch:  # looking at every step would make a GPU wait
+            return
         finite = bool(outputs["loss"].isfinite())
-        if trainer.is_last_batch:  # what is validated and saved next
-            finite = finite and all(bool(w.isfinite().all()) for w in module.parameters())
+        finite = finite and all(bool(w.isfinite().all()) for w in module.parameters())
         if not trainer.strategy.reduce_boolean_decision(finite):
             raise InputError(
                 f"{self.setting}: training diverged in epoch {trainer.current_epoch + 1}, its loss "

@@ -12,9 +12,7 @@ from lpcam.data.dataset import Picture, open_image
 from lpcam.data.loaders import view_loader
 from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer
-from lpcam.settings import CHECKED
-
-Scale = Annotated[float, Field(gt=0, le=8)]
+from lpcam.settings import CHECKED, Scale
 
 
 def _once(scales: tuple[float, ...]) -> tuple[float, ...]:
