@@ -39,7 +39,10 @@ format: $(VENV)/installed-dev ## fix style
 	$(VENV)/bin/ruff format .
 
 docs: $(VENV)/installed-dev ## make pages of the library from its docstrings, in build/docs
-	$(RUN) -W error::UserWarning -m pdoc --docformat google --output-directory build/docs $(API)
+	$(RUN) -W error::UserWarning \
+		-W "ignore:Failed to run TYPE_CHECKING code while parsing Pydantic" \
+		-W "ignore:Error parsing type annotation Pydantic" \
+		-m pdoc --docformat google --output-directory build/docs $(API)
 
 clean: ## remove what runs left: results, the stage store, the generated data and pages
 	rm -rf outputs build store data .pytest_cache .mypy_cache .ruff_cache .hypothesis
