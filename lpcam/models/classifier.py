@@ -107,12 +107,6 @@ class Classifier(Host):
         """Hash of the class weights."""
         return tensors_digest({"weight": self.weight})
 
-    def for_inference(self) -> "Classifier":
-        """A copy that gives the same features faster, see :meth:`Backbone.fused`."""
-        twin = Classifier(self.backbone.fused(), self.num_classes)
-        twin.head.load_state_dict(self.head.state_dict())
-        return twin.eval()
-
     def configure_optimizers(self) -> Any:
         """SGD or AdamW with a polynomial schedule by step."""
         hp: Any = self.hparams

@@ -403,9 +403,6 @@ class GradientHost(Classifier):
     maps_from_features = False
     needs_gradients = True
 
-    def for_inference(self) -> "GradientHost":
-        return self
-
     def predict_step(self, batch: ViewBatch, batch_idx: int) -> list[HostViews]:
         scales = []
         for found, _, _ in super().predict_step(batch, batch_idx):
@@ -431,3 +428,20 @@ def test_a_host_may_differentiate(tmp_path: Path, backbone: Backbone, linear: Sc
         )
         assert first.keys.tolist() == second.keys.tolist()
         np.testing.assert_allclose(first.maps, second.maps, rtol=0, atol=4e-3)
+
+
+def test_a_host_keeps_its_kind_for_inference() -> None:
+    host = GradientHost(build_backbone("test_resnet", None), 3)
+    twin = host.for_inference()
+    assert type(twin) is GradientHost
+    assert torch.equal(twin.weight, host.weight)
+    assert twin.backbone is not host.backbone
+
+
+def test_another_backbone_is_not_taken_for_other_classes(tmp_path: Path) -> None:
+    """Its first layer has 24 channels, where this one has as many as there are classes."""
+    other = Classifier(build_backbone("test_efficientnet", None), 32)
+    torch.save(other.state_dict(), tmp_path / "other.ckpt")
+    host = Classifier(build_backbone("efficientnet_lite0", None), 32)
+    with pytest.raises(InputError, match="no Classifier on efficientnet_lite0"):
+        load_host(tmp_path / "other.ckpt", host)
