@@ -7,6 +7,7 @@ import argparse
 import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from lpcam.errors import InputError
 from lpcam.explain.command import add_commands as add_explain
@@ -55,6 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=f"{text}; lpcam {name} --help lists the settings")
     add_explain(commands)
     add_store(commands)
+    report = commands.add_parser("report", help="write the report of a run, or of a sweep's job")
+    report.add_argument("folder", help="the run's folder")
+    report.set_defaults(run=_report)
     summary = commands.add_parser("summary", help="write sweep.csv and sweep.html of a sweep")
     summary.add_argument("folder", help="the sweep's folder; the sweep may have been stopped")
     summary.add_argument("--split", help="whose scores; by default the last that has maps")
@@ -63,9 +67,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _summary(options: argparse.Namespace) -> None:
-    from pathlib import Path
+def _report(options: argparse.Namespace) -> None:
+    import yaml
 
+    folder = Path(options.folder)
+    overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+    # Its folder keeps the overrides that it was made with, and W&B what it knows of it.
+    extra = ["report=true", "logger=none", "hydra.mode=RUN", "hydra.output_subdir=null"]
+    main(["infer", *overrides, *extra, f"hydra.run.dir={folder}"])
+
+
+def _summary(options: argparse.Namespace) -> None:
     from lpcam.sweeps.summary import summarise
 
     summarise(Path(options.folder), options.split, options.gallery)

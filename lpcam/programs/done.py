@@ -25,15 +25,24 @@ FOLDERS = {"maps": ".npz", "refined": ".npz", "masks": ".png", "figures": ".png"
 FILES = ("report.html", "metrics.json", "prototypes.safetensors", "config.yaml")
 
 
-def done_metrics(output: Path, config: Mapping[str, Any]) -> dict[str, float] | None:
+def done_metrics(
+    output: Path, config: Mapping[str, Any], *, report: bool = False
+) -> dict[str, float] | None:
     """The metrics of a run that was finished in this folder with this config; None if none was.
 
     A run is not done if one of the files that it was made from or that it made is another now, or
     gone.
+
+    Args:
+        output: The run's folder.
+        config: Its resolved config.
+        report: Whether a report belongs to it.
     """
     try:
         done = json.loads((output / "DONE.json").read_text())
         metrics: dict[str, float] = done["metrics"]
+        if report and "report.html" not in done["outputs"]:
+            return None
         if done["config"] == _config_digest(config) and done["outputs"] == _outputs(output):
             return metrics if done["inputs"] == inputs_digest(config) else None
     except (OSError, ValueError, KeyError, TypeError):  # InputError is a ValueError
@@ -42,8 +51,9 @@ def done_metrics(output: Path, config: Mapping[str, Any]) -> dict[str, float] | 
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:
-    """Hash a run's config without where its files go, and with the version that read it."""
-    wanted = {name: value for name, value in config.items() if name not in ("paths", "logger")}
+    """Hash what a run's results depend on, and the version that read it."""
+    others = ("paths", "logger", "report")
+    wanted = {name: value for name, value in config.items() if name not in others}
     return digest({**wanted, "version": version("lpcam")})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lpcam.programs.done import clear, done_metrics, headline, look_again, write_done
@@ -24,7 +25,10 @@ def infer(cfg: DictConfig) -> float | None:
     start = time.perf_counter()
     output, last = Path(cfg.paths.output), cfg.dataset.map_splits[-1]
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    metrics = done_metrics(output, config)
+    report = cfg.report
+    if report is None:
+        report = HydraConfig.get().mode != RunMode.MULTIRUN
+    metrics = done_metrics(output, config, report=report)
     if metrics is not None:  # without masks there are none
         print(f"Already done: {output}")
         return headline(metrics, last)
@@ -40,13 +44,13 @@ def infer(cfg: DictConfig) -> float | None:
         return None
     clear(output)
     outputs.save(output, cfg, this, results)
-    if cfg.report:
+    if report:
         outputs.report(output, cfg, this, results)
     write_done(output, config, results, time.perf_counter() - start)
     if cfg.logger:  # last, so that nothing of the results waits for a server
         outputs.log(output, cfg, this, results)
     print_table(results.scores, this.titles)
-    print(f"Results: {output / ('report.html' if cfg.report else '')}")
+    print(f"Results: {output / ('report.html' if report else '')}")
     return headline(results.metrics, last)
 
 
