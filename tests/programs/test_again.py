@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
+from lpcam.__main__ import main
 from lpcam.models.backbones import build_backbone
 from lpcam.models.classifier import Classifier
 from lpcam.stages.classifier import classifier_stage
@@ -161,6 +163,28 @@ def test_a_sweep_into_one_folder_is_refused(program, root: Path) -> None:
     assert len(lines) == 2
     assert all("one folder for all jobs" in line and "hydra.sweep.dir" in line for line in lines)
     assert not (root / "one").exists()
+
+
+def test_a_sweep_s_job_gets_its_report_when_it_is_wanted(program, root: Path, capsys) -> None:
+    folders = (f"paths.root={root}", f"hydra.sweep.dir={root / 'sweep'}")
+    sweep = ("-m", *TINY, *TINY_INFER, "prototypes.use=both,class", *folders)
+    assert program("infer", *sweep).status == 0
+    job, other = (path.parent for path in sorted(root.glob("sweep/*/DONE.json")))
+    assert not (job / "report.html").exists()
+    before = {name: (job / name).read_bytes() for name in ("metrics.json", ".hydra/overrides.yaml")}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lpcam"])
+        GlobalHydra.instance().clear()
+        assert main(["report", str(job)]) == 0
+
+    assert (job / "report.html").stat().st_size > 1000
+    assert not (other / "report.html").exists()
+    assert before == {name: (job / name).read_bytes() for name in before}
+    assert program("infer", *sweep).stdout.count("Already done") == 2
+    capsys.readouterr()
+    assert main(["report", str(root / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_a_trained_classifier_gives_its_metrics_to_every_run(program, root: Path) -> None:
