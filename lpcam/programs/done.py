@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from lpcam.programs.build import build
 from lpcam.storage.files import write_json
 from lpcam.storage.hashing import digest
+from lpcam.storage.store import Stage
 
 if TYPE_CHECKING:
     from lpcam.data.dataset import SegmentationDataset
-    from lpcam.programs.run import Results
 
 # Folders and files of a run, and the endings of what it writes into a folder.
 FOLDERS = {"maps": ".npz", "refined": ".npz", "masks": ".png", "figures": ".png"}
@@ -126,17 +126,24 @@ def clear(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def write_done(output: Path, config: Mapping[str, Any], results: "Results", total: float) -> None:
-    """Mark a run as finished; the last file that it writes.
+def write_done(
+    output: Path,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    stages: Mapping[str, Stage],
+    total: float,
+) -> None:
+    """Mark a run as finished; the last file that its results need.
 
     Args:
         output: The run's folder.
         config: Its resolved config.
-        results: What its stages gave.
-        total: Seconds that the run took. Those of each stage that it computed itself stand beside.
+        metrics: What ``metrics.json`` holds.
+        stages: Its stages; the seconds of those that it computed itself are told.
+        total: Seconds that the run took.
     """
     seconds = {"total": total}
-    for name, stage in results.stages.items():
+    for name, stage in stages.items():
         if stage.seconds is not None:
             seconds[name] = stage.seconds
     done = {
@@ -144,7 +151,7 @@ def write_done(output: Path, config: Mapping[str, Any], results: "Results", tota
         "inputs": inputs_digest(config),
         "outputs": _outputs(output),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "metrics": dict(results.metrics),
+        "metrics": dict(metrics),
     }
     write_json(output / "DONE.json", done)
 

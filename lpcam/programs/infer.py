@@ -46,7 +46,8 @@ def infer(cfg: DictConfig) -> float | None:
     outputs.save(output, cfg, this, results)
     if report:
         outputs.report(output, cfg, this, results)
-    write_done(output, config, results, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    write_done(output, config, results.metrics, results.stages, seconds)
     if cfg.logger:  # last, so that nothing of the results waits for a server
         outputs.log(output, cfg, this, results)
     print_table(results.scores, this.titles)
