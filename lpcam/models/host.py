@@ -1,9 +1,8 @@
 """What LPCAM is plugged into: a classifier with local features and maps of its own."""
 
-import copy
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import pytorch_lightning as pl
 import torch
@@ -23,7 +22,8 @@ class Host(pl.LightningModule):
     Its own maps split local features into foreground and context, and are the baseline that LPCAM's
     maps are compared with; its scores of cluster centres select prototypes.
 
-    A subclass trains like any LightningModule. It gives :meth:`own_maps` and :meth:`score`, or
+    A subclass trains like any LightningModule, and saves all its arguments but the backbone as
+    hyperparameters. It gives :meth:`own_maps` and :meth:`score`, or
     overrides :meth:`predict_step` where its maps are no function of its features.
 
     Args:
@@ -114,8 +114,11 @@ class Host(pl.LightningModule):
 
     def for_inference(self) -> Self:
         """A copy that gives the same features faster, see :meth:`Backbone.fused`."""
-        memo: dict[int, Any] = {id(self.backbone): self.backbone.fused(), id(self._trainer): None}
-        return copy.deepcopy(self, memo).eval()
+        twin = type(self)(self.backbone.fused(), **self.hparams)
+        twin.precision = self.precision
+        state = self.state_dict()
+        twin.load_state_dict({k: state[k] for k in state if not k.startswith("backbone.")}, False)
+        return twin.eval()
 
 
 def load_host(path: Path, host: Host) -> Host:

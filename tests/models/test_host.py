@@ -150,6 +150,7 @@ class SquareHost(Host):
 
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__(backbone, num_classes)
+        self.save_hyperparameters(ignore=["backbone"])
         self.weight = nn.Parameter(torch.rand(num_classes, backbone.dim))
 
     def own_maps(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
