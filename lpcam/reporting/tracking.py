@@ -2,8 +2,8 @@
 
 Results never depend on it: whatever a logger fails at costs one line on the terminal, and a server
 that is away a bounded wait. A W&B run has the scores under the names of ``metrics.json``, and for
-each split ``<split>/curve``, the scores at every threshold, and ``<split>/classes``, the IoU of each
-class; ``pictures/<id>`` and ``overlays/<id>`` show the same pictures in every run.
+each split ``<split>/curve``, the scores at every threshold, and ``<split>/classes``, the IoU of
+each class; ``pictures/<id>`` and ``overlays/<id>`` show the same pictures in every run.
 """
 
 import contextlib
