@@ -10,7 +10,14 @@ import numpy as np
 import pydantic
 from rich.console import Console
 
-from lpcam.data.dataset import IGNORED, Classes, Picture, SegmentationDataset
+from lpcam.data.dataset import (
+    IGNORED,
+    Classes,
+    Picture,
+    SegmentationDataset,
+    keep_labelled,
+    known_classes,
+)
 from lpcam.data.files import abbreviate, check_name, missing_files
 from lpcam.errors import InputError
 from lpcam.settings import CHECKED, Text
@@ -40,7 +47,7 @@ class _Instances:
     Attributes:
         index: pycocotools' index of it.
         images: Its records of pictures by file name, in its order.
-        labels: Class index of each category id.
+        labels: Class index of the category ids that are used.
     """
 
     index: Any
@@ -51,12 +58,15 @@ class _Instances:
 class COCO(SegmentationDataset):
     """A tree of annotations/instances_<split><year>.json and the folders <split><year>.
 
-    A class's index is its category's place in ascending order of category ids. Masks are drawn
-    when they are asked for, in the order of the file: a later annotation lies on top.
+    Masks are drawn when they are asked for, in the order of the file: a later annotation lies on
+    top. With a choice of classes, objects of the others are 255 in masks, and pictures that show
+    none of the chosen are left out and counted.
 
     Args:
         root: The folder that holds those.
-        classes: Class names in ascending order of their category ids.
+        classes: The classes to use, in any order; None for all that the tree has.
+        tree_classes: All classes of the tree in ascending order of their category ids. By default
+            COCO's 80, or ``classes`` if none of these is one of them.
         year: 2014 or 2017.
         crowd: What a region is that is annotated as a crowd: ``background``, as if it were not
             annotated; ``ignore``, a label of the picture, but 255 in the mask; ``foreground``, an
@@ -69,14 +79,16 @@ class COCO(SegmentationDataset):
     def __init__(
         self,
         root: Text | Path,
-        classes: Classes = CLASSES,
+        classes: Classes | None = None,
         *,
+        tree_classes: Classes | None = None,
         year: Literal[2014, 2017] = 2014,
         crowd: Literal["background", "ignore", "foreground"] = "background",
         unlabelled: Literal["keep", "drop"] = "keep",
         **splits: Any,
     ) -> None:
-        super().__init__(root=root, classes=classes, **splits)
+        every = tree_classes or known_classes(classes, CLASSES)
+        super().__init__(root=root, classes=classes or every, tree_classes=every, **splits)
         self.year = year
         self.crowd = crowd
         self.unlabelled = unlabelled
@@ -95,9 +107,9 @@ class COCO(SegmentationDataset):
         image = instances.images[picture.path.name]
         mask = np.zeros((image["height"], image["width"]), np.uint8)
         for annotation in self._annotations(instances, image):
-            value = instances.labels[annotation["category_id"]] + 1
-            if annotation.get("iscrowd") and self.crowd == "ignore":
-                value = IGNORED
+            label = instances.labels.get(annotation["category_id"])
+            ignored = annotation.get("iscrowd") and self.crowd == "ignore"
+            value = IGNORED if label is None or ignored else label + 1
             try:
                 mask[_region(instances.index, annotation, mask.size) > 0] = value
             except Exception as error:  # pycocotools raises no narrower one
@@ -111,7 +123,11 @@ class COCO(SegmentationDataset):
         instances = self._load(picture.path.parent.name)
         image = instances.images[picture.path.name]
         regions = [
-            (instances.labels[item["category_id"]], item.get("iscrowd"), item.get("segmentation"))
+            (
+                instances.labels.get(item["category_id"]),
+                item.get("iscrowd"),
+                item.get("segmentation"),
+            )
             for item in self._annotations(instances, image)
         ]
         return digest([image["height"], image["width"], self.crowd, regions])
@@ -142,11 +158,11 @@ class COCO(SegmentationDataset):
         """Make sure of the names, ids and categories that everything else relies on."""
         ids = sorted(index.cats)
         names = [index.cats[category]["name"] for category in ids]
-        if names != list(self.classes):
+        if names != list(self.tree_classes):
             raise InputError(
                 f"{path}: {len(names)} categories ({abbreviate(names)}), not the "
-                f"{len(self.classes)} of dataset.classes ({abbreviate(self.classes)}); use COCO's "
-                "own file or set dataset.classes"
+                f"{len(self.tree_classes)} of dataset.tree_classes "
+                f"({abbreviate(self.tree_classes)}); use COCO's own file or set them"
             )
         images: dict[str, dict[str, Any]] = {}
         stems = set()
@@ -166,7 +182,12 @@ class COCO(SegmentationDataset):
         unknown = index.catToImgs.keys() - index.cats.keys()
         if unknown:
             raise InputError(f"{path}: annotations of unknown category {min(unknown)}; restore it")
-        return _Instances(index, images, {category: i for i, category in enumerate(ids)})
+        labels = {
+            category: self.classes.index(name)
+            for category, name in zip(ids, names, strict=True)
+            if name in self.classes
+        }
+        return _Instances(index, images, labels)
 
     def _read(self, name: str) -> list[Picture]:
         instances, folder = self._load(name), self.root / name
@@ -178,9 +199,12 @@ class COCO(SegmentationDataset):
             labels = {
                 instances.labels[item["category_id"]]
                 for item in self._annotations(instances, image)
+                if item["category_id"] in instances.labels
             }
             path = folder / file_name
             pictures.append(Picture(path.stem, path, tuple(sorted(labels))))
+        if self.chosen:
+            return keep_labelled(pictures, str(self._file(name)))
         labelled = [picture for picture in pictures if picture.labels]
         if is_main_process():
             Console(stderr=True, soft_wrap=True).print(

@@ -12,10 +12,12 @@ import numpy as np
 import pydantic
 from PIL import ExifTags, Image, UnidentifiedImageError
 from pydantic import Field
+from rich.console import Console
 
 from lpcam.errors import InputError
 from lpcam.settings import CHECKED, Names, Text
-from lpcam.storage.hashing import file_digest
+from lpcam.storage.hashing import digest, file_digest
+from lpcam.storage.ranks import is_main_process
 
 IGNORED = 255
 Classes = Annotated[Names, Field(min_length=2, max_length=IGNORED - 1)]
@@ -46,10 +48,15 @@ class SegmentationDataset(ABC):
         root: The data set's folder.
         classes: Class names, at least two, for prototypes are chosen by comparing classes; a
             class's index is its place here, its mask value that plus one.
+        tree_classes: All classes that annotations and mask files know, in the order of the files'
+            values, where ``classes`` is a choice of them; by default the same.
         train_split: The split the classifier learns from.
         val_split: The split that its accuracy is measured on.
         prototype_split: The split whose local features are clustered.
         map_splits: The splits for which maps are made and scored.
+
+    Raises:
+        InputError: A class is none of the tree's.
     """
 
     @pydantic.validate_call(config=CHECKED)
@@ -58,6 +65,7 @@ class SegmentationDataset(ABC):
         root: Text | Path,
         classes: Classes,
         *,
+        tree_classes: Classes | None = None,
         train_split: Text = "train",
         val_split: Text = "val",
         prototype_split: Text = "train",
@@ -65,10 +73,22 @@ class SegmentationDataset(ABC):
     ) -> None:
         self.root = Path(root).expanduser()
         self.classes = tuple(classes)
+        self.tree_classes = self.classes if tree_classes is None else tuple(tree_classes)
+        unknown = [name for name in self.classes if name not in self.tree_classes]
+        if unknown:
+            raise InputError(
+                f"dataset.classes: no class {unknown[0]!r} among {', '.join(self.tree_classes)}; "
+                "correct it, or name all classes of a tree of your own in dataset.tree_classes"
+            )
         self.train_split = train_split
         self.val_split = val_split
         self.prototype_split = prototype_split
         self.map_splits = tuple(map_splits)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the classes are a choice of those that the tree has."""
+        return len(self.classes) < len(self.tree_classes)
 
     @property
     def used_splits(self) -> tuple[str, ...]:
@@ -112,17 +132,62 @@ class SegmentationDataset(ABC):
                     "8-bit palette or greyscale PNG"
                 )
             mask = np.asarray(image)
-        unknown = mask[(mask > len(self.classes)) & (mask != IGNORED)]
+        unknown = mask[(mask > len(self.tree_classes)) & (mask != IGNORED)]
         if unknown.size:
             raise InputError(
-                f"{picture.mask_path}: holds {unknown[0]}, but there are {len(self.classes)} "
+                f"{picture.mask_path}: holds {unknown[0]}, but there are {len(self.tree_classes)} "
                 "classes; correct it, or mark unknown pixels 255"
             )
-        return mask
+        if self.classes == self.tree_classes:
+            return mask
+        values = np.full(IGNORED + 1, IGNORED, np.uint8)
+        values[0] = 0
+        for index, name in enumerate(self.classes):
+            values[self.tree_classes.index(name) + 1] = index + 1
+        return values[mask]
 
     def mask_digest(self, picture: Picture) -> str | None:
-        """Hash of what :meth:`mask` reads, or None without a mask."""
-        return file_digest(picture.mask_path) if picture.mask_path else None
+        """Hash of what :meth:`mask` gives, or None without a mask."""
+        if not picture.mask_path:
+            return None
+        found = file_digest(picture.mask_path)
+        return found if self.classes == self.tree_classes else digest([found, self.classes])
+
+
+def known_classes(classes: Classes | None, published: Classes) -> Classes:
+    """The classes of a tree of which only a choice is named, or none.
+
+    Args:
+        classes: The choice.
+        published: The classes of the data set as it is distributed.
+
+    Returns:
+        Those, or the choice itself if it shares no name with them: the tree is one of its own.
+    """
+    if classes is None or not set(classes).isdisjoint(published):
+        return published
+    return classes
+
+
+def keep_labelled(pictures: Sequence[Picture], source: str) -> list[Picture]:
+    """Leave out pictures that show none of the classes, and say how many there were.
+
+    Args:
+        pictures: Pictures of a split; one whose labels are not known stays.
+        source: Where they are listed, for messages.
+
+    Raises:
+        InputError: None is left.
+    """
+    kept = [picture for picture in pictures if picture.labels != ()]
+    if not kept:
+        raise InputError(f"{source}: no picture shows a class of dataset.classes; choose others")
+    if len(kept) < len(pictures) and is_main_process():
+        Console(stderr=True, soft_wrap=True).print(
+            f"{source}: {len(pictures) - len(kept)} of {len(pictures)} pictures left out, which "
+            "show none of the chosen classes"
+        )
+    return kept
 
 
 def open_image(path: Path | IO[bytes], *, decode: bool = True) -> Image.Image:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pydantic
 
-from lpcam.data.dataset import Classes, Picture, SegmentationDataset
+from lpcam.data.dataset import Classes, Picture, SegmentationDataset, keep_labelled, known_classes
 from lpcam.data.files import check_name, file_names, missing_files, read_lines
 from lpcam.errors import InputError
 from lpcam.settings import CHECKED, Text
@@ -26,30 +26,44 @@ class VOC(SegmentationDataset):
     ImageSets/Segmentation; pictures of ``test`` have no labels, for VOC keeps them to itself. The
     masks of ``train_aug`` come from SegmentationClassAug where that has them.
 
+    With a choice of classes, objects of the others are 255 in masks, and pictures that show none of
+    the chosen are left out and counted.
+
     Args:
         root: The folder that holds those four.
-        classes: Class names in the order of the mask values.
+        classes: The classes to use, in any order; None for all that the tree has.
+        tree_classes: All classes of the tree in the order of its mask values. By default VOC's 20,
+            or ``classes`` if none of these is one of them.
         difficult: Whether an object marked difficult gives its picture a label; it does in the
             published recipes.
+        train_list: The list of ``train``, in the place of ``train.txt`` among the tree's own lists.
+            A line names a picture, or is a pair of paths, of which only the picture's name is read.
+        val_list: The list of ``val``, likewise.
         train_aug_list: The list of ``train_aug``, which VOC itself does not have. By default
-            ``train_aug.txt`` or ``trainaug.txt`` among the other lists. A line names a picture,
-            or is a pair of paths, of which only the picture's name is read.
+            ``train_aug.txt`` or ``trainaug.txt`` among the other lists.
         **splits: See :class:`~lpcam.data.dataset.SegmentationDataset`.
+
+    Raises:
+        InputError: The tree has no such class.
     """
 
     @pydantic.validate_call(config=CHECKED)
     def __init__(
         self,
         root: Text | Path,
-        classes: Classes = CLASSES,
+        classes: Classes | None = None,
         *,
+        tree_classes: Classes | None = None,
         difficult: bool = True,
+        train_list: Text | Path | None = None,
+        val_list: Text | Path | None = None,
         train_aug_list: Text | Path | None = None,
         **splits: Any,
     ) -> None:
-        super().__init__(root=root, classes=classes, **splits)
+        every = tree_classes or known_classes(classes, CLASSES)
+        super().__init__(root=root, classes=classes or every, tree_classes=every, **splits)
         self.difficult = difficult
-        self.train_aug_list = train_aug_list
+        self.lists = {"train": train_list, "val": val_list, "train_aug": train_aug_list}
         # A split of train_aug's size has 10,582 annotation files: read them once.
         self._pictures: dict[str, list[Picture]] = {}
 
@@ -79,7 +93,7 @@ class VOC(SegmentationDataset):
         for kind in ("", "Aug") if split == "train_aug" else ("",):
             folder = self.root / f"SegmentationClass{kind}"
             masks.update({name: folder / name for name in file_names(folder)})
-        return [
+        pictures = [
             Picture(
                 image_id,
                 images / f"{image_id}.jpg",
@@ -88,10 +102,15 @@ class VOC(SegmentationDataset):
             )
             for image_id in ids
         ]
+        return keep_labelled(pictures, str(listed_in)) if self.chosen else pictures
 
     def _list_file(self, split: str) -> Path:
         lists = self.root / "ImageSets" / "Segmentation"
-        if split != "train_aug":
+        given = self.lists.get(split)
+        if given is not None:
+            remedy = f"correct dataset.{split}_list"
+            candidates = [Path(given).expanduser()]
+        elif split != "train_aug":
             remedy = "dataset.root must be the folder VOC2012, or choose another split"
             candidates = [lists / f"{split}.txt"]
         else:
@@ -100,8 +119,6 @@ class VOC(SegmentationDataset):
                 "dataset.map_splits=[train]"
             )
             candidates = [lists / "train_aug.txt", lists / "trainaug.txt"]
-            if self.train_aug_list is not None:
-                candidates = [Path(self.train_aug_list).expanduser()]
         for path in candidates:
             if path.is_file():
                 return path
@@ -117,10 +134,10 @@ class VOC(SegmentationDataset):
             for item in objects
             if self.difficult or item.findtext("difficult", "0").strip() != "1"
         }
-        unknown = names.difference(self.classes)
+        unknown = names.difference(self.tree_classes)
         if unknown:
-            raise InputError(f"{path}: unknown class {min(unknown)!r}; known: {self.classes}")
-        return tuple(sorted(self.classes.index(name) for name in names))
+            raise InputError(f"{path}: unknown class {min(unknown)!r}; known: {self.tree_classes}")
+        return tuple(index for index, name in enumerate(self.classes) if name in names)
 
 
 def _read_ids(path: Path) -> list[str]:

@@ -102,7 +102,7 @@ class GeneratedVOC(VOC):
             "jpeg_quality": jpeg_quality,
         }
         folder = f"seed{seed}-{digest(self.settings)[:8]}"
-        super().__init__(root=Path(root) / folder, classes=classes, **splits)
+        super().__init__(root=Path(root) / folder, tree_classes=classes, **splits)
         for split in self.used_splits:
             if split not in SPLITS:
                 raise InputError(f"dataset: no split {split!r}; choose from {', '.join(SPLITS)}")

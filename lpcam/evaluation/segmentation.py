@@ -213,13 +213,14 @@ class SegmentationResult:
 
         Returns:
             ``miou``, ``precision``, ``recall``, ``fp``, ``fn``, ``iou/background`` and
-            ``iou/<class>`` at ``best_threshold``, ``miou_at_threshold`` at the configured one, and
-            ``threshold_width``. Undefined values are left out, so it is valid JSON.
+            ``iou/<class>`` at ``best_threshold``, ``miou_at_threshold`` at the configured
+            ``threshold``, and ``threshold_width``. Undefined values are left out: it is valid JSON.
         """
         best = self.best
         values = {
             "miou": self.miou[best],
             "best_threshold": self.thresholds[best],
+            "threshold": threshold,
             "miou_at_threshold": self.miou[self.index(threshold)],
             "precision": self.precision[best],
             "recall": self.recall[best],

@@ -47,13 +47,14 @@ def save(output: Path, cfg: DictConfig, run: Run, results: Results) -> None:
     fingerprint = tensors_digest(run.host.state_dict())
     replace(run.prototypes, model=fingerprint).save(output / PROTOTYPES)
     refined = results.maps.get("refined", {})
+    background = results.backgrounds["refined" if refined else cfg.refiner.source]
     for split in run.dataset.map_splits:
         _save_maps(
             output,
             results.maps[cfg.refiner.source][split],
             refined.get(split),
             run.dataset.pictures(split),
-            run.threshold("refined" if refined else cfg.refiner.source),
+            background,
             cfg.thresholds.unsure_band,
         )
 
@@ -106,7 +107,7 @@ def report(output: Path, cfg: DictConfig, run: Run, results: Results) -> None:
         dataset=dataset,
         splits={split: dataset.pictures(split) for split in dataset.map_splits},
         methods=list(results.methods.values()),
-        threshold=cfg.thresholds.seed_background,
+        threshold=results.backgrounds["lpcam"],
         prototypes=_prototype_views(run),
         seconds={name: stage.manifest["seconds"] for name, stage in results.stages.items()},
         gallery_split=dataset.map_splits[-1],
@@ -163,7 +164,7 @@ def log(output: Path, cfg: DictConfig, run: Run, results: Results) -> None:
             scores=results.scores,
             classes=dataset.classes,
             figures=sorted((output / "figures").glob("*.png")),
-            shown=show(dataset, chosen, results.methods, split, cfg.thresholds.seed_background),
+            shown=show(dataset, chosen, results.methods, split, results.backgrounds["lpcam"]),
             made={"prototypes": output / PROTOTYPES, "metrics": output / METRICS},
             used=used,
         )

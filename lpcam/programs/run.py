@@ -23,12 +23,14 @@ from lpcam.refiners.base import Refiner, TrainedRefiner
 from lpcam.reporting.scores import Method
 from lpcam.reporting.shown import choose_pictures
 from lpcam.settings import CHECKED, Share
+from lpcam.stages import backgrounds as background_stage
 from lpcam.stages import centers as center_stage
 from lpcam.stages import maps as map_stage
 from lpcam.stages.features import FeatureLimit, features
 from lpcam.stages.refined import refined
 from lpcam.stages.scores import scores
 from lpcam.storage.hashing import digest
+from lpcam.storage.ranks import agree, is_main_process
 from lpcam.storage.store import Stage
 
 
@@ -40,6 +42,7 @@ class Results:
         maps: Stages of maps by name (``cam``, ``lpcam``, ..., ``refined``) and split.
         scores: Their scores, likewise; without masks there are none.
         metrics: What ``metrics.json`` holds.
+        backgrounds: The background score of each one's masks.
         methods: What is compared, by the same names, the baseline first.
         stages: Every stage by what the report calls it.
     """
@@ -47,6 +50,7 @@ class Results:
     maps: Mapping[str, Mapping[str, Stage]]
     scores: Mapping[str, Mapping[str, SegmentationResult]]
     metrics: Mapping[str, float]
+    backgrounds: Mapping[str, float]
     methods: Mapping[str, Method]
     stages: Mapping[str, Stage]
 
@@ -58,13 +62,14 @@ class Choice:
     Attributes:
         use: The prototypes that LPCAM's maps are made with.
         source: The maps that masks are made of, or that are refined.
-        seed_background: The score that a class has to exceed in a mask.
+        seed_background: The score that a class has to exceed in a mask; ``auto`` chooses it for
+            each kind of maps, from these and the pictures.
         unsure_band: How far from it a score has to be to count as sure.
     """
 
     use: Literal["both", "class", "context"]
     source: Literal["cam", "lpcam"]
-    seed_background: Share
+    seed_background: Share | Literal["auto"]
     unsure_band: Share
 
 
@@ -97,7 +102,8 @@ class Run:
         self.choice = settings(Choice, cfg.prototypes, cfg.thresholds, cfg.refiner)
         shown = options(cfg).shown_pictures
         self.make_trainer = trainer_maker(cfg.trainer)
-        self.refiner: Refiner | None = build(cfg.refiner) if "_target_" in cfg.refiner else None
+        # What is wrong with its settings is told now, even where one of them is found later.
+        self.refiner = self._refiner(0.5)
         self.trained = trained(cfg, overrides)
         self.dataset = self.trained.dataset
         self.host: Host = self.trained.host
@@ -106,6 +112,16 @@ class Run:
         if self.refiner:
             for split in self.dataset.map_splits:
                 self.refiner.inputs(self.dataset.pictures(split))
+
+    def _refiner(self, chosen: float) -> Refiner | None:
+        """The configured refiner; a background score that is ``auto`` was chosen to be this."""
+        if "_target_" not in self.cfg.refiner:
+            return None
+        node = self.cfg.refiner.copy()
+        if node.get("seed_background") == "auto":
+            node.seed_background = chosen
+        refiner: Refiner = build(node)
+        return refiner
 
     @cached_property
     def _chosen_features(self) -> tuple[list[list[int]], Stage]:
@@ -166,12 +182,6 @@ class Run:
             titles["lpcam_class"] = "LPCAM without context"
         return titles
 
-    def threshold(self, name: str) -> float:
-        """The configured background score of maps."""
-        if name == "refined" and self.refiner:
-            return self.refiner.background
-        return self.choice.seed_background
-
     @property
     def sharing(self) -> str:
         """Jobs of which this is the same can make their maps in one pass over the pictures."""
@@ -213,10 +223,34 @@ class Run:
         }
         return {name: {split: by_split[split][name] for split in by_split} for name in wanted}
 
+    def backgrounds(self, maps: Mapping[str, Mapping[str, Stage]]) -> dict[str, float]:
+        """The background score of each kind of maps.
+
+        Those that are chosen are chosen on the training split, where that has maps.
+
+        Args:
+            maps: Maps by name and split.
+        """
+        given = self.choice.seed_background
+        if given != "auto":
+            return dict.fromkeys(maps, given)
+        train = self.dataset.train_split
+        split = train if train in self.splits else self.splits[0]
+        found = {}
+        if is_main_process():
+            found = background_stage.backgrounds(
+                self.store,
+                {name: by_split[split] for name, by_split in maps.items()},
+                self.dataset.pictures(split),
+            )
+        return agree(found)
+
     def results(self) -> Results:
         """Run every stage that is not done; what is refined and scored belongs to one process."""
         maps = self.maps(self.settings)
+        backgrounds = self.backgrounds(maps)
         if self.refiner:
+            self.refiner = self._refiner(backgrounds[self.refiner.source]) or self.refiner
             found = refined(
                 self.store,
                 self.make_trainer,
@@ -229,12 +263,13 @@ class Run:
             )
             if found:
                 maps["refined"] = found
+                backgrounds["refined"] = self.refiner.background
         scored = scores(self.store, maps, self.dataset)
         metrics = {
             f"{split}/{name}/{key}": value
             for name, by_split in scored.items()
             for split, result in by_split.items()
-            for key, value in result.metrics(self.dataset.classes, self.threshold(name)).items()
+            for key, value in result.metrics(self.dataset.classes, backgrounds[name]).items()
         }
         methods = {
             name: Method(
@@ -247,4 +282,4 @@ class Run:
         stages = {"features": self.features, "clustering": self._clustered[0]}
         for name, by_split in maps.items():
             stages |= {f"{name} of {split}": stage for split, stage in by_split.items()}
-        return Results(maps, scored, metrics, methods, stages)
+        return Results(maps, scored, metrics, backgrounds, methods, stages)

@@ -17,6 +17,8 @@ from lpcam.errors import InputError
 
 # Rows multiplied at a time. As single precision so many still fit into a processor's cache.
 CHUNK = 1024
+# Numbers up to which rows are converted once and not in each iteration: 512 MB.
+ONCE = 2**27
 # Rows that torch.multinomial draws one of.
 DRAWN = 2**24
 
@@ -55,7 +57,8 @@ def spherical_kmeans(
     own centre worst.
 
     Args:
-        x: Rows ``(N, D)``; half precision is converted chunk by chunk.
+        x: Rows ``(N, D)``; half precision is converted at once, or where that would take too much
+            memory chunk by chunk.
         k: Number of clusters.
         init: Initial centres ``(k, D)``; k-means++ when absent.
         seed: Seed of k-means++.
@@ -72,6 +75,8 @@ def spherical_kmeans(
     """
     if max_iter < 1:
         raise InputError(f"prototypes.max_iter={max_iter}: give a number above 0")
+    if x.numel() <= ONCE:
+        x = x.float()
     norm = x.new_empty(len(x), dtype=torch.float32)
     for part, rows in single_precision(x, chunk_size):
         norm[part] = torch.linalg.vector_norm(rows, dim=1)

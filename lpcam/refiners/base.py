@@ -40,7 +40,10 @@ class Refiner(ABC):
 
     Args:
         source: Which maps are refined: ``cam`` or ``lpcam``.
-        background: The score that a class has to exceed in the pseudo mask, 0..1.
+        seed_background: The score that a class has to exceed in the maps' own masks, 0..1. What a
+            refiner decides by scores follows it unless it is set.
+        background: The score that a class has to exceed in the pseudo mask, 0..1; None for what
+            follows from ``seed_background``.
 
     Attributes:
         uses: Supervision beyond image labels, such as "saliency"; empty for none. Results are
@@ -51,10 +54,20 @@ class Refiner(ABC):
 
     @pydantic.validate_call(config=CHECKED)
     def __init__(
-        self, *, source: Literal["cam", "lpcam"] = "lpcam", background: Share = 0.5
+        self,
+        *,
+        source: Literal["cam", "lpcam"] = "lpcam",
+        seed_background: Share = 0.3,
+        background: Share | None = None,
     ) -> None:
         self.source = source
-        self.background = background
+        self.seed_background = seed_background
+        self.background = self.mask_background if background is None else background
+
+    @property
+    def mask_background(self) -> float:
+        """The background score of the pseudo mask that follows from ``seed_background``."""
+        return self.seed_background
 
     def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:
         """Values that results depend on, besides the maps and the pictures; JSON can hold them.
@@ -68,8 +81,9 @@ class Refiner(ABC):
         Raises:
             InputError: A package or a file that the refiner needs is missing.
         """
-        # Neither changes the scores: the source's maps have their own key.
-        left_out = ("source", "background")
+        # None changes the scores: the source's maps have their own key, and what follows from
+        # seed_background is among the others.
+        left_out = ("source", "background", "seed_background")
         settings = {
             key: value
             for key, value in vars(self).items()

@@ -6,6 +6,7 @@ where U is minus the logarithm of the probabilities, K_g a Gaussian of the dista
 K_b one of distance and colour, both with their self term and normalised to ``D^-1/2 K D^-1/2``.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -102,6 +103,12 @@ def with_background(maps: Tensor, value: float, *, power: bool = False) -> Tenso
         strongest = torch.cat([background, maps]).amax(0, keepdim=True)
         background = (1 - strongest.clamp_max(1)) ** value
     return torch.cat([background, maps])
+
+
+def equal_power(score: float) -> float:
+    """The power p of a background ``(1 - strongest map)^p`` that a map equals at this score."""
+    inside = min(max(score, 0.01), 0.99)
+    return math.log(inside) / math.log(1 - inside)
 
 
 def label_probabilities(labels: Tensor, num_labels: int, gt_prob: float = 0.7) -> Tensor:
@@ -284,7 +291,7 @@ class CRF(Refiner):
         unary: How the maps become probabilities, with a background score b = ``unary_background``:
             ``constant``, next to a background of b; ``power``, next to one of
             ``(1 - strongest map)^b``; ``labels``, the labels of ``constant`` trusted to 0.7.
-        unary_background: See above.
+        unary_background: See above; None for ``seed_background``, or the power that is equal there.
         image_mode: What the CRF sees: ``raw``, the picture, or ``legacy_wrap``, see
             :func:`wrapped_pixels`.
         backend: See :func:`dense_crf`.
@@ -301,13 +308,16 @@ class CRF(Refiner):
         *,
         parameters: str | Mapping[str, Any] = "psa",
         unary: Literal["constant", "power", "labels"] = "constant",
-        unary_background: Annotated[float, Field(gt=0, le=1000)] = 0.5,
+        unary_background: Annotated[float, Field(gt=0, le=1000)] | None = None,
         image_mode: Literal["raw", "legacy_wrap"] = "raw",
         backend: Backend = "pydensecrf",
         device: Device = "cpu",
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if unary_background is None:
+            power = unary == "power"
+            unary_background = equal_power(self.seed_background) if power else self.seed_background
         if unary != "power" and unary_background > 1:
             raise InputError(
                 f"refiner.unary_background={unary_background}: a score in 0..1, an exponent only "
@@ -319,6 +329,11 @@ class CRF(Refiner):
         self.image_mode = image_mode
         self.backend = backend
         self.device = device
+
+    @property
+    def mask_background(self) -> float:
+        """The CRF's own decision."""
+        return 0.5
 
     def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:  # noqa: D102 - inherited
         check_backend(self.backend)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lpcam.data.transforms import normalize
 from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
+from lpcam.refiners.crf import equal_power
 from lpcam.refiners.heads import (
     Exponent,
     HeadRefiner,
@@ -52,13 +53,17 @@ class Powers(NamedTuple):
     power: float
 
 
-# For the embedded data with EfficientNet, whose LPCAM maps are best at a background score of 0.6,
-# CAM's at 0.48; and as published.
-POWERS = {
-    "cutouts_lpcam": Powers(0.3, 1.0, 0.4),
-    "cutouts_cam": Powers(0.56, 2.0, 1.06),
-    "psa": Powers(4, 32, 16),
-}
+# As published.
+POWERS = {"psa": Powers(4, 32, 16)}
+
+
+def powers_around(seed_background: float) -> Powers:
+    """Powers for maps whose own masks are made at a background score.
+
+    The background equals a map 0.12 above that score, 0.10 below it, and at it.
+    """
+    low, high, walk = (equal_power(seed_background + step) for step in (0.12, -0.10, 0))
+    return Powers(low, high, walk)
 
 
 class AffinityNetwork(nn.Module):
@@ -140,7 +145,8 @@ class PSA(HeadRefiner):
     itself and the background, so a ``background`` of 0.5 gives the strongest of all, as published.
 
     Args:
-        powers: A name of :data:`POWERS`, for what is not given below.
+        powers: For what is not given below, a name of :data:`POWERS`; None for
+            :func:`powers_around` the ``seed_background``.
         low: See :class:`Powers`.
         high: Likewise.
         power: Likewise.
@@ -162,7 +168,7 @@ class PSA(HeadRefiner):
     def __init__(
         self,
         *,
-        powers: Annotated[str, one_of(POWERS)] = "cutouts_lpcam",
+        powers: Annotated[str, one_of(POWERS)] | None = None,
         low: Exponent | None = None,
         high: Exponent | None = None,
         power: Exponent | None = None,
@@ -173,12 +179,17 @@ class PSA(HeadRefiner):
         **options: Any,
     ) -> None:
         super().__init__(radius=radius, lr=lr, beta=beta, steps=steps, **options)
-        named = POWERS[powers]
+        named = POWERS[powers] if powers else powers_around(self.seed_background)
         self.low = named.low if low is None else low
         self.high = named.high if high is None else high
         self.power = named.power if power is None else power
         if self.low > self.high:
             raise InputError(f"refiner.low={self.low}: give at most refiner.high={self.high}")
+
+    @property
+    def mask_background(self) -> float:
+        """A class wins where it scores more than the background that walked."""
+        return 0.5
 
     def training(self, backbone: Backbone) -> AffinityTraining:  # noqa: D102 - inherited
         return AffinityTraining(backbone, radius=self.radius, lr=self.lr)

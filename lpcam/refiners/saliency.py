@@ -93,6 +93,11 @@ class Saliency(Refiner):
         self.crf = None if crf is None else crf_parameters(crf, "refiner.crf")
         self.backend = backend
 
+    @property
+    def mask_background(self) -> float:
+        """The rule's decision."""
+        return 0.5
+
     def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:  # noqa: D102 - inherited
         if self.crf:
             check_backend(self.backend)

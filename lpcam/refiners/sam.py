@@ -63,7 +63,6 @@ class SAMMerge(Refiner):
 
     Args:
         folder: Where the files are.
-        seed_background: The background score of the pseudo mask that is merged.
         mask_share: See :func:`merge_masks`.
         class_share: Likewise.
         **options: See :class:`~lpcam.refiners.base.Refiner`.
@@ -76,21 +75,25 @@ class SAMMerge(Refiner):
         self,
         folder: Text | Path,
         *,
-        seed_background: Share = 0.5,
         mask_share: Share = 0.5,
         class_share: Share = 0.85,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.folder = Path(folder).expanduser()
-        self.seed_background = seed_background
         self.mask_share = mask_share
         self.class_share = class_share
+
+    @property
+    def mask_background(self) -> float:
+        """What the merging decided."""
+        return 0.5
 
     def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:  # noqa: D102 - inherited
         names = [f"{picture.id}.npz" for picture in pictures]
         files = files_digest(self.folder, names, "refiner.folder")
-        return {**super().inputs(pictures), "folder": files}
+        merged = {"seed_background": self.seed_background}
+        return {**super().inputs(pictures), **merged, "folder": files}
 
     def refine(self, image_id: str, image: Image.Image, seed: SeedRecord) -> SeedRecord:  # noqa: D102 - inherited
         masks = read_masks(self.folder / f"{image_id}.npz", seed.size)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
+from lpcam.reporting.mistakes import confusion_shares
 from lpcam.reporting.scores import Method
 from lpcam.storage.files import write_atomically
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 COLOURS = ("#8a8f98", "#2f81dd", "#e08a1e", "#27a27c", "#c45ab3")
 INK = "#22262c"
 LOSS = "#d64550"
+LABELLED = 16  # labels up to which a confusion has its numbers
 STYLE: Any = {
     "font.size": 10,
     "text.color": INK,
@@ -138,6 +140,39 @@ def draw_classes(
     for axes, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
         _class_bars(axes, methods, split, classes)
     _legend(figure)
+    return figure
+
+
+@styled
+def draw_confusion(methods: Sequence[Method], split: str, classes: Sequence[str]) -> "Figure":
+    """Which label the pixels of each label get at the best threshold, a panel a method.
+
+    Args:
+        methods: The methods.
+        split: Which split.
+        classes: Names of the C classes; those that no picture of the split shows are left out.
+    """
+    shares = [100 * confusion_shares(method.results[split]) for method in methods]
+    kept = np.flatnonzero(~np.isnan(shares[0][:, 0]))
+    names = [("background", *classes)[label] for label in kept]
+    side = max(1.6 + 0.42 * len(kept), 3.4) if len(kept) <= LABELLED else 7.0
+    figure = new_figure(side * len(methods), side)
+    for axes, method, share in zip(
+        figure.subplots(1, len(methods), squeeze=False)[0], methods, shares, strict=True
+    ):
+        values = share[np.ix_(kept, kept)]
+        axes.imshow(values, cmap="Blues", vmin=0, vmax=100)
+        size = 9 if len(kept) <= LABELLED else 4
+        axes.set_xticks(range(len(kept)), names, rotation=90, fontsize=size)
+        axes.set_yticks(range(len(kept)), names, fontsize=size)
+        axes.set(title=f"{method.name}, {split}", xlabel="predicted (% of the true label's pixels)")
+        axes.set_ylabel("true")
+        if len(kept) <= LABELLED:
+            for (row, column), value in np.ndenumerate(values):
+                colour = "white" if value > 60 else "black"
+                axes.text(
+                    column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour
+                )
     return figure
 
 

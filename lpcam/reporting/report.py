@@ -7,7 +7,14 @@ from markupsafe import Markup
 from PIL import Image
 
 from lpcam.data.dataset import Picture, SegmentationDataset
-from lpcam.reporting.figures import COLOURS, draw_classes, draw_curves, save_png, svg
+from lpcam.reporting.figures import (
+    COLOURS,
+    draw_classes,
+    draw_confusion,
+    draw_curves,
+    save_png,
+    svg,
+)
 from lpcam.reporting.gallery import (
     Example,
     caption,
@@ -17,6 +24,7 @@ from lpcam.reporting.gallery import (
     heat_scale,
     panels,
 )
+from lpcam.reporting.mistakes import KINDS, class_rows, largest_confusions
 from lpcam.reporting.page import class_colours, data_uri, render
 from lpcam.reporting.patches import PrototypeView, crop_all, draw_prototypes
 from lpcam.reporting.scores import COLUMNS, Method, in_words, score_rows
@@ -42,8 +50,9 @@ def write_report(
 ) -> None:
     """Write the report and, beside it, ``figures/*.png``.
 
-    The figures are ``threshold_curves``, ``per_class``, ``gallery`` and ``prototypes``; one for
-    which there is nothing to draw is left out, such as the first two without any mask.
+    The figures are ``threshold_curves``, ``per_class``, ``confusion``, ``gallery`` and
+    ``prototypes``; one for which there is nothing to draw is left out, such as the first three
+    without any mask.
 
     Args:
         path: The report.
@@ -78,6 +87,7 @@ def write_report(
     if scored:
         drawings["threshold_curves"] = draw_curves(methods, scored, threshold)
         drawings["per_class"] = draw_classes(methods, scored, classes)
+        drawings["confusion"] = draw_confusion(pair, scored[-1], classes)
     heading, group = next(((h, g) for h, g in gallery.items() if g), ("", []))
     if group:
         rows = [(caption(e, classes, pair), shown) for e, shown in group[:STANDALONE_ROWS]]
@@ -105,9 +115,13 @@ def write_report(
                 "rows": score_rows(methods, split, threshold),
                 "curves": Markup(svg(draw_curves(methods, [split], threshold))),
                 "bars": Markup(svg(draw_classes(methods, [split], classes))),
+                "mistakes": class_rows(pair, split, classes, splits[split]),
+                "confusions": largest_confusions(pair[1], split, classes),
+                "confusion": Markup(svg(draw_confusion(pair, split, classes))),
             }
             for split in scored
         },
+        kinds=KINDS,
         gallery=gallery,
         gallery_split=gallery_split,
         examples=examples,

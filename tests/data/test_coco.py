@@ -52,7 +52,7 @@ def write(root, data, *names):
 def read(root, *annotations, **options):
     """Labels and mask of a single picture with these annotations."""
     write(root, content(*annotations))
-    coco = COCO(root, NAMES, **options)
+    coco = COCO(root, tree_classes=NAMES, **options)
     (picture,) = coco.pictures("train")
     assert picture.id == "a"
     assert picture.path == root / "train2014" / "a.jpg"
@@ -61,7 +61,7 @@ def read(root, *annotations, **options):
 
 def refusal(root, split="train", **options):
     with pytest.raises(InputError) as caught:
-        COCO(root, NAMES, **options).pictures(split)
+        COCO(root, tree_classes=NAMES, **options).pictures(split)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -182,7 +182,7 @@ def test_unlabelled_pictures_are_kept_or_dropped_and_counted(tmp_path, capsys, u
     data["images"] += [{**data["images"][0], "id": i, "file_name": f"{n}.jpg"} for i, n in
                        ((2, "b"), (3, "c"))]  # fmt: skip
     write(tmp_path, data, "a.jpg", "b.jpg", "c.jpg")
-    coco = COCO(tmp_path, NAMES, unlabelled=unlabelled)
+    coco = COCO(tmp_path, tree_classes=NAMES, unlabelled=unlabelled)
     pictures = coco.pictures("train")
     assert [picture.id for picture in pictures] == ids
     assert all(coco.mask(picture).any() == bool(picture.labels) for picture in pictures)
@@ -195,14 +195,14 @@ def test_unlabelled_pictures_are_kept_or_dropped_and_counted(tmp_path, capsys, u
 def test_dropping_every_picture_is_refused(tmp_path):
     write(tmp_path, content())
     assert "no picture has a label" in refusal(tmp_path, unlabelled="drop")
-    assert len(COCO(tmp_path, NAMES).pictures("train")) == 1
+    assert len(COCO(tmp_path, tree_classes=NAMES).pictures("train")) == 1
 
 
 def test_both_years_are_found(tmp_path):
     sample = Sample("000000000042", Image.new("L", (5, 3)), [("dog", (1, 1, 2, 2))])
     for year in (2014, 2017):
         write_coco(tmp_path, {"train": [sample], "val": [sample]}, CATEGORIES, year=year)
-        coco = COCO(tmp_path, NAMES, year=year)
+        coco = COCO(tmp_path, tree_classes=NAMES, year=year)
         coco.prepare()
         for split in ("train", "val"):
             (picture,) = coco.pictures(split)
@@ -216,13 +216,13 @@ def test_pictures_of_one_name_in_two_splits_keep_their_own_masks(tmp_path):
         "train": [Sample("same", image, [("cat", (0, 0, 2, 2))])],
         "val": [Sample("same", image, [("fox", (1, 1, 5, 4))])],
     }
-    coco = COCO(write_coco(tmp_path, samples, CATEGORIES), NAMES)
+    coco = COCO(write_coco(tmp_path, samples, CATEGORIES), tree_classes=NAMES)
     for split, (sample,) in samples.items():
         (picture,) = coco.pictures(split)
         np.testing.assert_array_equal(coco.mask(picture), sample.mask(NAMES))
     # A picture is enough to find its mask, as after it was sent to another process.
     alone = Picture("same", tmp_path / "val2014" / "same.jpg", (2,))
-    mask = COCO(tmp_path, NAMES).mask(alone)
+    mask = COCO(tmp_path, tree_classes=NAMES).mask(alone)
     np.testing.assert_array_equal(mask, samples["val"][0].mask(NAMES))
 
 
@@ -240,7 +240,7 @@ def test_the_digest_follows_what_the_mask_depends_on(tmp_path):
     for annotations, setting in cases:
         write(tmp_path, content(*annotations))
         for _ in range(2):
-            coco = COCO(tmp_path, NAMES, crowd=setting)
+            coco = COCO(tmp_path, tree_classes=NAMES, crowd=setting)
             digests.append(coco.mask_digest(coco.pictures("train")[0]))
     assert digests[::2] == digests[1::2]
     assert len(set(digests)) == len(cases)
@@ -248,7 +248,7 @@ def test_the_digest_follows_what_the_mask_depends_on(tmp_path):
 
 def test_the_file_is_read_once(tmp_path):
     path = write(tmp_path, content(annotation(2, rectangle((0, 0, 4, 4)))))
-    coco = COCO(tmp_path, NAMES)
+    coco = COCO(tmp_path, tree_classes=NAMES)
     (picture,) = coco.pictures("train")
     path.unlink()
     assert coco.pictures("train") == [picture]
@@ -324,8 +324,34 @@ def test_other_categories_than_the_classes_are_refused(tmp_path):
     write(tmp_path, content())
     with pytest.raises(InputError, match=r"3 categories \(cat, dog, fox\), not the 80 of dataset"):
         COCO(tmp_path).pictures("train")
-    with pytest.raises(InputError, match=r"use COCO's own file or set dataset\.classes"):
-        COCO(tmp_path, ("dog", "cat", "fox")).pictures("train")
+    with pytest.raises(InputError, match=r"dataset\.tree_classes .* use COCO's own file"):
+        COCO(tmp_path, tree_classes=("dog", "cat", "fox")).pictures("train")
+
+
+def test_a_choice_of_classes_leaves_out_pictures_and_ignores_other_objects(tmp_path, capsys):
+    box, other = (0, 0, 4, 4), (2, 2, 8, 8)
+    samples = [
+        Sample("both", Image.new("RGB", (9, 9)), [("fox", box), ("cat", other)]),
+        Sample("other", Image.new("RGB", (9, 9)), [("dog", box)]),
+        Sample("nothing", Image.new("RGB", (9, 9))),
+        Sample("one", Image.new("RGB", (9, 9)), [("cat", box), ("dog", other)]),
+    ]
+    write_coco(tmp_path, {"train": samples}, CATEGORIES)
+    coco = COCO(tmp_path, ("fox", "cat"), tree_classes=NAMES)
+    both, one = coco.pictures("train")
+    assert (both.id, both.labels, one.id, one.labels) == ("both", (0, 1), "one", (1,))
+    assert "2 of 4 pictures left out" in capsys.readouterr().err
+    expected = np.zeros((9, 9), np.uint8)
+    expected[:4, :4] = 1
+    expected[2:8, 2:8] = 2
+    np.testing.assert_array_equal(coco.mask(both), expected)
+    expected[:4, :4] = 2
+    expected[2:8, 2:8] = 255
+    np.testing.assert_array_equal(coco.mask(one), expected)
+    whole = COCO(tmp_path, tree_classes=NAMES)
+    assert coco.mask_digest(both) != whole.mask_digest(both)
+    with pytest.raises(InputError, match="no class 'cow' among cat, dog, fox"):
+        COCO(tmp_path, ("cat", "cow"), tree_classes=NAMES)
 
 
 def test_an_annotation_of_an_unknown_category_is_refused(tmp_path):
@@ -349,7 +375,7 @@ def test_an_annotation_of_an_unknown_category_is_refused(tmp_path):
 )
 def test_an_outline_that_cannot_be_drawn_is_named(tmp_path, segmentation):
     path = write(tmp_path, content(annotation(2, segmentation, number=77)))
-    coco = COCO(tmp_path, NAMES)
+    coco = COCO(tmp_path, tree_classes=NAMES)
     (picture,) = coco.pictures("train")
     with pytest.raises(InputError, match="annotation 77 of a cannot be drawn") as caught:
         coco.mask(picture)
@@ -371,7 +397,7 @@ def test_the_config_says_what_the_code_does(tmp_path):
     config = OmegaConf.load(CONF)
     config.root = str(tmp_path)
     assert instantiate(config, _convert_="all").classes == CLASSES
-    config.classes = list(NAMES)
+    config.tree_classes = list(NAMES)
     coco = instantiate(config, _convert_="all")
     coco.prepare()
     assert coco.used_splits == ("train", "val")

@@ -24,8 +24,8 @@ def splits():
 def test_three_layouts_of_the_same_pictures_read_alike(tmp_path, splits):
     categories = {7: "fox", 2: "cat", 5: "dog"}  # in ascending order: cat, dog, fox
     datasets = [
-        VOC(write_voc(tmp_path / "voc", splits, CLASSES), CLASSES),
-        COCO(write_coco(tmp_path / "coco", splits, categories), CLASSES),
+        VOC(write_voc(tmp_path / "voc", splits, CLASSES), tree_classes=CLASSES),
+        COCO(write_coco(tmp_path / "coco", splits, categories), tree_classes=CLASSES),
         Folder(write_folder(tmp_path / "folder", splits, CLASSES)),
     ]
     for dataset in datasets:
@@ -43,7 +43,7 @@ def test_three_layouts_of_the_same_pictures_read_alike(tmp_path, splits):
 
 
 def test_a_mask_has_the_same_digest_until_it_changes(tmp_path, splits):
-    voc = VOC(write_voc(tmp_path / "voc", splits, CLASSES), CLASSES)
+    voc = VOC(write_voc(tmp_path / "voc", splits, CLASSES), tree_classes=CLASSES)
     first, second, *_ = voc.pictures("train")
     before = voc.mask_digest(first)
     assert before == voc.mask_digest(first) != voc.mask_digest(second)
@@ -53,7 +53,7 @@ def test_a_mask_has_the_same_digest_until_it_changes(tmp_path, splits):
 
 
 def mask_of(path, classes=("a", "b")):
-    return VOC(path.parent, classes).mask(Picture("x", path, (0,), path))
+    return VOC(path.parent, tree_classes=classes).mask(Picture("x", path, (0,), path))
 
 
 @pytest.mark.parametrize("mode", ["P", "L"])
@@ -144,14 +144,14 @@ def test_every_split_in_use_is_looked_at_before_the_start(tmp_path, splits, sett
     root = write_voc(tmp_path / "voc", splits, CLASSES)
     value = ["train", "nowhere"] if setting == "map_splits" else "nowhere"
     with pytest.raises(InputError, match=r"nowhere\.txt: no such split"):
-        VOC(root, CLASSES, **{setting: value}).prepare()
+        VOC(root, tree_classes=CLASSES, **{setting: value}).prepare()
 
 
 def test_the_look_before_the_start_opens_no_picture(tmp_path, splits):
     root = write_voc(tmp_path / "voc", splits, CLASSES)
     for path in (*root.glob("JPEGImages/*"), *root.glob("SegmentationClass/*")):
         path.write_bytes(b"no image")
-    dataset = VOC(root, CLASSES)
+    dataset = VOC(root, tree_classes=CLASSES)
     dataset.prepare()
     picture = dataset.pictures("train")[0]
     with pytest.raises(InputError, match="not a readable image"):

@@ -10,7 +10,7 @@ from PIL import Image
 from lpcam.data.dataset import open_picture
 from lpcam.data.voc import CLASSES, VOC
 from lpcam.errors import InputError
-from tests.data.trees import Sample, write_annotation, write_mask, write_voc
+from tests.data.trees import Sample, draw_samples, write_annotation, write_mask, write_voc
 
 CONF = Path(__file__).parents[2] / "conf" / "dataset" / "voc.yaml"
 
@@ -164,7 +164,7 @@ def test_a_split_that_is_not_there_says_what_to_do(tree, tmp_path):
     assert "dataset.root must be the folder VOC2012" in refusal(tree.parent)
     assert "dataset.train_split=train" in refusal(tree, "train_aug")
     message = refusal(tree, "train_aug", train_aug_list=tmp_path / "gone.txt")
-    assert message.startswith(f"{tmp_path / 'gone.txt'}: no such split; give dataset.train_aug_l")
+    assert message.startswith(f"{tmp_path / 'gone.txt'}: no such split; correct dataset.train_aug_")
 
 
 def test_all_that_is_missing_is_counted_and_named_at_once(tree):
@@ -244,6 +244,64 @@ def test_a_genuine_voc_photo_is_read(tmp_path):
     assert open_picture(picture.path).size == (500, 375) == mask.shape[::-1]
 
 
+def test_a_choice_of_classes_leaves_out_pictures_and_ignores_other_objects(tmp_path, capsys):
+    samples = [
+        blank("both", ("person", (0, 0, 5, 5)), ("dog", (2, 2, 13, 7))),
+        blank("other", ("boat", (0, 0, 5, 5))),
+        blank("nothing"),
+        blank("beside", ("dog", (0, 0, 5, 5)), ("boat", (2, 2, 13, 7))),
+    ]
+    tree = write_voc(tmp_path / "VOC2012", {"train": samples}, CLASSES)
+    chosen, whole = VOC(tree, ("person", "dog")), VOC(tree)
+    both, beside = chosen.pictures("train")
+    assert (both.id, both.labels, beside.id, beside.labels) == ("both", (0, 1), "beside", (1,))
+    assert "train.txt: 2 of 4 pictures left out" in capsys.readouterr().err
+    expected = np.zeros((7, 13), np.uint8)
+    expected[:5, :5] = 1
+    expected[2:, 2:] = 2
+    np.testing.assert_array_equal(chosen.mask(both), expected)
+    expected[:5, :5] = 2
+    expected[2:, 2:] = 255
+    np.testing.assert_array_equal(chosen.mask(beside), expected)
+    assert chosen.mask_digest(both) != whole.mask_digest(both)
+    assert len(whole.pictures("train")) == 4
+    with pytest.raises(InputError, match=r"train\.txt: no picture shows a class"):
+        VOC(tree, ("sofa", "cow")).pictures("train")
+
+
+def test_a_tree_of_classes_of_its_own_is_read_by_their_order(tmp_path):
+    samples = [blank("a", ("left", (0, 0, 5, 5)), ("right", (2, 2, 13, 7)))]
+    tree = write_voc(tmp_path / "own", {"train": samples}, ["left", "right"])
+    plain, turned = VOC(tree, ("left", "right")), VOC(tree, ("right", "left"))
+    assert plain.mask(plain.pictures("train")[0])[0, 0] == 1
+    # Without VOC's names among them, the order is that of the masks.
+    assert turned.tree_classes == ("right", "left")
+    with pytest.raises(InputError, match="no class 'left' among aeroplane"):
+        VOC(tree, ("left", "cat"))
+    assert VOC(tree, ("left", "cat"), tree_classes=("cat", "left", "right")).chosen
+
+
+def test_a_list_of_ones_own_makes_a_part_of_a_tree_equal_to_the_whole(tmp_path):
+    samples = draw_samples(CLASSES[:3], 9, 0)
+    wanted = [samples[i] for i in (5, 0, 3)]
+    listed = tmp_path / "train.txt"
+    listed.write_text("".join(f"{sample.id}\n" for sample in wanted))
+    trees = {
+        "whole": {"train": samples[::2], "val": samples[1::2], "trainval": samples},
+        "part": {"train": wanted[::-1]},
+    }
+    found = {}
+    for name, splits in trees.items():
+        voc = VOC(write_voc(tmp_path / name, splits, CLASSES), CLASSES[1::-1], train_list=listed)
+        pictures = voc.pictures("train")
+        files = [(p.path.read_bytes(), voc.mask(p).tobytes(), voc.mask_digest(p)) for p in pictures]
+        found[name] = [(p.id, p.labels) for p in pictures], files
+    assert found["whole"] == found["part"]
+    assert [image_id for image_id, _ in found["part"][0]] == [
+        s.id for s in wanted if s.labels(CLASSES)[0] < 2
+    ]
+
+
 def test_the_config_says_what_the_code_does(tree):
     list_file(tree, "train_aug").write_text("dot\n")
     config = OmegaConf.load(CONF)
@@ -253,4 +311,4 @@ def test_the_config_says_what_the_code_does(tree):
     assert voc.classes == CLASSES
     assert voc.used_splits == ("train_aug", "val", "train")
     assert voc.map_splits == ("train_aug",)
-    assert (voc.difficult, voc.train_aug_list) == (True, None)
+    assert (voc.difficult, voc.lists) == (True, dict.fromkeys(["train", "val", "train_aug"]))

@@ -58,7 +58,7 @@ def test_seeds_and_settings_lie_side_by_side(built):
 
 
 def test_a_plain_voc_reader_understands_the_tree(built):
-    voc = VOC(built.root, built.classes)
+    voc = VOC(built.root, tree_classes=built.classes)
     assert [len(voc.pictures(split)) for split in ("train", "val")] == [12, 6]
     assert voc.pictures("train") == built.pictures("train")
 

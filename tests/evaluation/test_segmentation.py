@@ -200,8 +200,8 @@ def test_metrics() -> None:
     result = score_of(random_picture(3), bins=100).compute()
     values = result.metrics(["aeroplane", "bicycle", "bird"], threshold=0.3)
     assert set(values) == {
-        "miou", "best_threshold", "miou_at_threshold", "precision", "recall", "fp", "fn",
-        "threshold_width", "iou/background", "iou/aeroplane", "iou/bicycle", "iou/bird",
+        "miou", "best_threshold", "threshold", "miou_at_threshold", "precision", "recall",
+        "fp", "fn", "threshold_width", "iou/background", "iou/aeroplane", "iou/bicycle", "iou/bird",
     }  # fmt: skip
     assert {type(value) for value in values.values()} == {float}
     best = result.best

@@ -79,7 +79,7 @@ def test_voc_and_coco_are_checked_alike(tmp_path):
         assert row(printed, split) == ["4", "0", "4", "0", ""]
     splits.pop("train_aug")
     coco = write_coco(tmp_path / "coco", splits, dict(enumerate(VOC_CLASSES, 1)))
-    classes = f"+dataset.classes=[{','.join(VOC_CLASSES)}]"
+    classes = f"+dataset.tree_classes=[{','.join(VOC_CLASSES)}]"
     status, printed, errors = run("dataset=coco", f"dataset.root={coco}", classes, cwd=tmp_path)
     assert status == 0
     assert errors.startswith("train2014: 4 pictures, 0 of them without labels")

@@ -138,8 +138,10 @@ ODD: dict[tuple[str, ...], dict[str, str]] = {
     ("train.py", "dataset=voc", "dataset.root=nowhere"): {
         "dataset.difficult=maybe": "valid boolean",
         "dataset.train_aug_list=5": "valid string",
-        "+dataset.classes=[cat]": "at least 2 items",
-        "+dataset.classes=[cat,cat]": "give each once",
+        "dataset.classes=[cat]": "at least 2 items",
+        "dataset.classes=[cat,cat]": "give each once",
+        "dataset.classes=[cat,cowe]": "no class 'cowe' among aeroplane, bicycle",
+        "dataset.val_list=3": "valid string",
         "dataset.root=null": "valid string",
     },
     ("train.py", "dataset=coco", "dataset.root=nowhere"): {
@@ -169,7 +171,7 @@ ODD: dict[tuple[str, ...], dict[str, str]] = {
         "refiner.backend=fast": "'pydensecrf' or 'exact'",
     },
     ("refiner=irn",): {
-        "refiner.thresholds=best": "choose from cutouts_lpcam",
+        "refiner.thresholds=best": "choose from lpcam, irn",
         "refiner.conf_fg=1.2": "less than or equal to 1",
         "refiner.conf_bg=0.9": "give at most refiner.conf_fg",
         "refiner.power=0": "greater than 0",
@@ -185,7 +187,7 @@ ODD: dict[tuple[str, ...], dict[str, str]] = {
         "refiner.steps=0": "greater than or equal to 1",
     },
     ("refiner=psa",): {
-        "refiner.powers=best": "choose from cutouts_lpcam",
+        "refiner.powers=best": "choose from psa",
         "refiner.low=3": "give at most refiner.high",
         "refiner.high=0": "greater than 0",
         "refiner.crop=100": "multiple of 8",
@@ -336,6 +338,6 @@ def test_a_job_of_a_sweep_says_so_too(program: Any, tmp_path: Path) -> None:
 
 
 def test_a_data_set_is_checked_by_check_too(tmp_path: Path) -> None:
-    cfg = composed("train", "dataset=voc", "dataset.root=nowhere", "+dataset.classes=[cat]")
+    cfg = composed("train", "dataset=voc", "dataset.root=nowhere", "dataset.classes=[cat]")
     with pytest.raises(USER_ERRORS, match=r"^dataset\.classes=\['cat'\]: .*at least 2 items"):
         build(cfg.dataset)

@@ -180,6 +180,20 @@ def test_a_refiner_that_lacks_its_files_says_so(program, copied: Path) -> None:
     assert_one_line(outcome, "nowhere")
 
 
+def test_a_background_score_is_chosen_without_masks(program, copied: Path) -> None:
+    run = (*TINY, *TINY_INFER, "report=false", "thresholds.seed_background=auto")
+    assert program("infer", *run, "refiner=par", *at(copied, "chosen")).status == 0
+    found = json.loads((copied / "chosen" / "metrics.json").read_text())
+    train = {name: found[f"train/{name}/threshold"] for name in ("cam", "lpcam", "refined")}
+    assert all(0 < value < 1 for value in train.values())
+    assert train["refined"] == train["lpcam"] == found["val/lpcam/threshold"]
+    given = (*TINY, *TINY_INFER, "report=false", f"thresholds.seed_background={train['lpcam']}")
+    assert program("infer", *given, "refiner=par", *at(copied, "given")).status == 0
+    for name in ("train_00000.png", "val_00001.png"):
+        masks = [(copied / run / "masks" / name).read_bytes() for run in ("chosen", "given")]
+        assert masks[0] == masks[1]
+
+
 def test_a_finished_run_is_not_repeated(program, copied: Path) -> None:
     run = (*TINY, *TINY_INFER, "report=false", *at(copied))
     assert "Already done" not in program("infer", *run).stdout

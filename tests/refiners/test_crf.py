@@ -208,6 +208,17 @@ def test_a_long_picture() -> None:
     assert seed_mask(found.full_size(), found.keys, 0.5).tolist() == [[0] * 250 + [7] * 250] * 33
 
 
+@pytest.mark.parametrize("score", [0.2, 0.45])
+def test_the_background_equals_the_maps_where_their_own_masks_end(score: float) -> None:
+    assert CRF(seed_background=score).unary_background == score
+    refiner = CRF(seed_background=score, unary="power")
+    background = with_background(
+        torch.full((1, 2, 2), score, dtype=torch.float64), refiner.unary_background, power=True
+    )
+    assert background == pytest.approx(torch.full((2, 2, 2), score, dtype=torch.float64))
+    assert refiner.background == 0.5
+
+
 def test_inputs() -> None:
     settings = {
         "iterations": 2, "gaussian_sxy": 1, "gaussian_weight": 1,

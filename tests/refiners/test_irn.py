@@ -9,7 +9,7 @@ from PIL import Image
 from lpcam.errors import InputError
 from lpcam.models.backbones import build_backbone
 from lpcam.refiners.heads import stage_channels
-from lpcam.refiners.irn import IRN, THRESHOLDS
+from lpcam.refiners.irn import IRN, POWER, THRESHOLDS
 from lpcam.refiners.irn.network import RelationNetwork
 from lpcam.refiners.random_walk import random_walk
 from lpcam.seeds.record import SeedRecord, grid_size, load_seed, save_seed
@@ -157,6 +157,15 @@ def test_published_thresholds_by_name(name: str) -> None:
     assert found == THRESHOLDS[name]
 
 
+def test_thresholds_follow_the_background_score_of_the_maps() -> None:
+    refiner = IRN(seed_background=0.4, power=1)
+    assert (refiner.conf_fg, refiner.conf_bg) == pytest.approx((0.52, 0.3))
+    assert IRN(seed_background=0.4).background == pytest.approx(0.4**POWER)
+    for extreme in (0, 1):
+        refiner = IRN(seed_background=extreme)
+        assert 0 < refiner.conf_bg <= refiner.conf_fg < 1
+
+
 def test_single_values_take_precedence() -> None:
     refiner = IRN(thresholds="lpcam", conf_bg=0, background=0.9)
     assert (refiner.conf_fg, refiner.conf_bg, refiner.background) == (0.45, 0, 0.9)
@@ -165,7 +174,7 @@ def test_single_values_take_precedence() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"thresholds": "best"}, "choose from cutouts_lpcam, "),
+        ({"thresholds": "best"}, "choose from lpcam, irn, "),
         ({"conf_fg": 0.2, "conf_bg": 0.3}, r"^refiner\.conf_bg=0\.3: give at most"),
         ({"conf_fg": 1.2}, "should be less than or equal to 1"),
         ({"crop": 64}, r"^refiner\.crop=64: give a multiple"),

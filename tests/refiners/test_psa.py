@@ -141,7 +141,7 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
     ("settings", "message"),
     [({"low": 2, "high": 1}, r"^refiner\.low=2\.0: give at most refiner\.high=1"),
      ({"low": 0}, "should be greater than 0"), ({"crop": 60}, r"^refiner\.crop=60: "),
-     ({"powers": "best"}, "choose from cutouts_lpcam, ")],
+     ({"powers": "best"}, "choose from psa")],
 )  # fmt: skip
 def test_settings_outside_their_range(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -152,6 +152,16 @@ def test_settings_outside_their_range(settings: dict[str, float], message: str) 
 def test_powers_by_name(name: str) -> None:
     refiner = PSA(powers=name)
     assert (refiner.low, refiner.high, refiner.power) == POWERS[name]
+
+
+@pytest.mark.parametrize("score", [0.27, 0.6])
+def test_powers_follow_the_background_score_of_the_maps(score: float) -> None:
+    refiner = PSA(seed_background=score)
+    for power, x in zip(
+        (refiner.low, refiner.high, refiner.power), (score + 0.12, score - 0.1, score), strict=True
+    ):
+        assert (1 - x) ** power == pytest.approx(x)
+    assert refiner.background == 0.5
 
 
 def test_single_values_take_precedence() -> None:

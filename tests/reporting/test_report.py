@@ -223,6 +223,7 @@ def test_the_figures_are_pictures_of_something(run: Run) -> None:
 
     figures = sorted((run.path.parent / "figures").iterdir())
     assert [figure.name for figure in figures] == [
+        "confusion.png",
         "gallery.png",
         "per_class.png",
         "prototypes.png",

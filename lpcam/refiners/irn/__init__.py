@@ -5,6 +5,6 @@ Ahn et al., "Weakly Supervised Learning of Instance Segmentation with Inter-pixe
 instances; the pseudo masks of classes need the boundaries alone.
 """
 
-from lpcam.refiners.irn.refiner import IRN, THRESHOLDS
+from lpcam.refiners.irn.refiner import IRN, POWER, THRESHOLDS
 
-__all__ = ["IRN", "THRESHOLDS"]
+__all__ = ["IRN", "POWER", "THRESHOLDS"]

@@ -1,0 +1,61 @@
+"""A background score from maps and pictures alone, for users without masks.
+
+A mask is good where it parts a picture into regions that are each of one colour. So the score is
+chosen at which the two sides of the strongest map, object and background, leave the least variance
+of colour: Otsu's criterion (IEEE Trans. SMC, 1979) over the picture's colours, with the map for
+what is on which side, as in the two-phase model of Chan and Vese (IEEE Trans. Image Processing,
+2001). The shares of the variance that the parting explains are averaged over pictures.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from lpcam.seeds.record import SeedRecord
+
+STEPS = 100
+LEAST = 0.01  # share of a picture that each side has to have
+
+
+def explained_colour(image: Image.Image, seed: SeedRecord) -> np.ndarray | None:
+    """Share of a picture's variance of colour that each background score explains.
+
+    Args:
+        image: The picture, RGB.
+        seed: Its maps.
+
+    Returns:
+        For the scores 0, 0.01, ..., 1 the variance between the two sides as a share of the whole
+        ``(101,)``, 0 where one side has nearly nothing; None for a picture without maps or colours.
+    """
+    if not len(seed.maps):
+        return None
+    strongest = torch.from_numpy(seed.maps.astype(np.float32)).amax(0)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).double()
+    colours = F.interpolate(
+        pixels[None], strongest.shape, mode="bilinear", antialias=True, align_corners=False
+    )[0].flatten(1)
+    colours -= colours.mean(1, keepdim=True)
+    variance = float((colours**2).sum())
+    if variance == 0:
+        return None
+    # A score with n thresholds below it is foreground at the first n of them.
+    level = (strongest * STEPS).ceil().clamp(0, STEPS + 1).long().flatten().numpy()
+    sums = np.stack([np.bincount(level, row, STEPS + 2) for row in colours.numpy()])
+    inside = np.bincount(level, minlength=STEPS + 2)[:0:-1].cumsum()[::-1]
+    total = sums[:, :0:-1].cumsum(1)[:, ::-1]
+    outside = level.size - inside
+    enough = np.minimum(inside, outside) >= LEAST * level.size
+    # Both sides' sums cancel, for the colours' mean is 0.
+    between = (total**2).sum(0) * level.size / np.maximum(inside * outside, 1)
+    return np.where(enough, between / variance, 0)
+
+
+def chosen_score(explained: np.ndarray) -> float:
+    """The background score at which most is explained, the lowest of equals.
+
+    Args:
+        explained: Sum or mean over pictures of :func:`explained_colour` ``(101,)``.
+    """
+    return int(explained.argmax()) / STEPS
