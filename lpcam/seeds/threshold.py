@@ -4,7 +4,8 @@ A mask is good where it parts a picture into regions that are each of one colour
 chosen at which the two sides of the strongest map, object and background, leave the least variance
 of colour: Otsu's criterion (IEEE Trans. SMC, 1979) over the picture's colours, with the map for
 what is on which side, as in the two-phase model of Chan and Vese (IEEE Trans. Image Processing,
-2001). The shares of the variance that the parting explains are averaged over pictures.
+2001). Pictures count alike: each one's curve is divided by its maximum before the mean is taken.
+Without that, few pictures of one colour on another decide.
 """
 
 import numpy as np
@@ -16,6 +17,22 @@ from lpcam.seeds.record import SeedRecord
 
 STEPS = 100
 LEAST = 0.01  # share of a picture that each side has to have
+
+
+def parting(image: Image.Image, seed: SeedRecord) -> np.ndarray | None:
+    """How well each background score parts a picture's colours, 1 at the best.
+
+    Args:
+        image: The picture, RGB.
+        seed: Its maps.
+
+    Returns:
+        :func:`explained_colour` divided by its maximum ``(101,)``; None where nothing is parted.
+    """
+    explained = explained_colour(image, seed)
+    if explained is None or not explained.any():
+        return None
+    return explained / explained.max()
 
 
 def explained_colour(image: Image.Image, seed: SeedRecord) -> np.ndarray | None:
@@ -52,10 +69,10 @@ def explained_colour(image: Image.Image, seed: SeedRecord) -> np.ndarray | None:
     return np.where(enough, between / variance, 0)
 
 
-def chosen_score(explained: np.ndarray) -> float:
-    """The background score at which most is explained, the lowest of equals.
+def chosen_score(parted: np.ndarray) -> float:
+    """The background score that parts best, the lowest of equals.
 
     Args:
-        explained: Sum or mean over pictures of :func:`explained_colour` ``(101,)``.
+        parted: Sum over pictures of :func:`parting` ``(101,)``.
     """
-    return int(explained.argmax()) / STEPS
+    return int(parted.argmax()) / STEPS

@@ -9,7 +9,7 @@ import numpy as np
 
 from lpcam.data.dataset import Picture, fingerprint, open_picture
 from lpcam.seeds.record import load_seed
-from lpcam.seeds.threshold import STEPS, chosen_score, explained_colour
+from lpcam.seeds.threshold import STEPS, chosen_score, parting
 from lpcam.storage.parallel import for_each
 from lpcam.storage.store import Stage
 
@@ -47,7 +47,7 @@ def backgrounds(
         def look(picture: Picture) -> None:
             image = open_picture(picture.path)
             for _, source, total in todo:
-                found = explained_colour(image, load_seed(source / f"{picture.id}.npz"))
+                found = parting(image, load_seed(source / f"{picture.id}.npz"))
                 if found is not None:
                     with adding:
                         total += found
@@ -55,8 +55,8 @@ def backgrounds(
         if todo:
             for_each(look, chosen, "Choosing thresholds")
         for folder, _, total in todo:
-            np.save(folder / "explained.npy", total)
+            np.save(folder / "parted.npy", total)
     return {
-        name: chosen_score(np.load(stages[stage.key].folder / "explained.npy", allow_pickle=False))
+        name: chosen_score(np.load(stages[stage.key].folder / "parted.npy", allow_pickle=False))
         for name, stage in maps.items()
     }

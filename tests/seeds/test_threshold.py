@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from lpcam.seeds.record import SeedRecord
-from lpcam.seeds.threshold import LEAST, chosen_score, explained_colour
+from lpcam.seeds.threshold import LEAST, chosen_score, explained_colour, parting
 
 
 def scene(rng, size=(60, 80)):
@@ -52,7 +52,7 @@ def test_the_score_is_found_at_which_the_map_ends_where_the_object_does(border):
     strongest = np.where(
         truth, rng.uniform(border, 1, truth.shape), rng.uniform(0, border, truth.shape)
     )
-    found = chosen_score(explained_colour(image, record(strongest[::4, ::4])))
+    found = chosen_score(parting(image, record(strongest[::4, ::4])))
     exact = explained_colour(
         image, SeedRecord(np.array([0]), strongest[None].astype(np.float16), truth.shape)
     )
@@ -70,3 +70,13 @@ def test_nothing_is_said_of_a_picture_without_maps_or_colours():
 def test_a_map_that_parts_nothing_explains_nothing():
     _, image = scene(np.random.default_rng(2))
     assert not explained_colour(image, record(np.zeros((15, 20)))).any()
+    assert parting(image, record(np.zeros((15, 20)))) is None
+
+
+def test_pictures_count_alike():
+    rng = np.random.default_rng(3)
+    truth, image = scene(rng)
+    faint = Image.fromarray((100 + np.asarray(image, int) // 20).astype(np.uint8))
+    seed = record(np.where(truth, 0.7, 0.2)[::4, ::4])
+    assert explained_colour(faint, seed).max() < explained_colour(image, seed).max()
+    assert parting(faint, seed).max() == parting(image, seed).max() == 1
