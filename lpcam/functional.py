@@ -100,3 +100,81 @@ def merge_scales(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     return torch.stack(
         [F.interpolate(m[None], size, mode="bilinear", align_corners=False)[0] for m in maps]
     ).sum(0)
+
+
+def own_prototype_maps(values: Tensor, features: Tensor) -> Tensor:
+    """How much more a position is like what a map holds in its own picture than like the rest.
+
+    Each map has two prototypes in its picture, the means of unit features weighted by the map and
+    by 1 - map; a position scores the cosine to the first minus that to the second. Other pictures
+    tell what a class looks like, these what this animal looks like.
+
+    Args:
+        values: V maps of one picture in 0..1 ``(V, h, w)``, on the features' grid.
+        features: Its local features ``(D, h, w)``.
+
+    Returns:
+        ``(V, h, w)`` in 0..1, after ReLU and division by the maximum.
+    """
+    unit = F.normalize(features, dim=0).flatten(1).to(values.dtype)
+    inside = values.flatten(1)
+    here, rest = (F.normalize(weight @ unit.T, dim=1) for weight in (inside, 1 - inside))
+    return normalize_maps(((here - rest) @ unit).unflatten(1, features.shape[1:]))
+
+
+def propagate(
+    values: Tensor,
+    features: Tensor,
+    stage: Tensor,
+    *,
+    sharpness: float,
+    stage_weight: float,
+    own_share: float = 0.0,
+    block: int = 2**22,
+) -> Tensor:
+    """One step between a picture's own positions: each takes the mean of all, by likeness.
+
+    ``out(x) = sum_y softmax_y(s (cos(f(x), f(y)) + a cos(g(x), g(y)))) value(y)`` with the local
+    features f, which know what is where, and those of an earlier and finer stage g, which know
+    where it ends. That is attention without a learnt part. Nothing of it is trained, and it reads
+    what the forward pass has computed anyway.
+
+    Positions x lie on the stage's grid, positions y on that of the features, where values and stage
+    are averaged: a quarter of the products where one grid is twice as fine as the other.
+
+    Args:
+        values: V maps of one picture ``(V, H, W)``, on any grid.
+        features: Local features ``(D, h, w)``.
+        stage: Features of the earlier stage ``(E, h', w')``, h' and w' not below h and w.
+        sharpness: The s above; 0 makes every position the mean.
+        stage_weight: The a above.
+        own_share: How much of a value is that of :func:`own_prototype_maps`, before the step.
+        block: Pairs of positions at a time; bounds the memory.
+
+    Returns:
+        ``(V, h', w')``, in the precision of the values.
+    """
+    coarse, fine = features.shape[1:], stage.shape[1:]
+    unit = F.normalize(features, dim=0)
+    keys = torch.cat([unit, stage_weight**0.5 * F.normalize(_averaged(stage, coarse), dim=0)])
+    here = F.normalize(_resized(unit, fine), dim=0)
+    queries = torch.cat([here, stage_weight**0.5 * F.normalize(stage, dim=0)]).flatten(1)
+    known = _averaged(values, coarse)
+    if own_share:
+        known = (1 - own_share) * known + own_share * own_prototype_maps(known, unit)
+    known = known.flatten(1).T
+    keys = sharpness * keys.flatten(1)
+    rows = max(block // keys.shape[1], 1)
+    found = [
+        (part.T @ keys).softmax(1).to(known.dtype) @ known for part in queries.split(rows, dim=1)
+    ]
+    return torch.cat(found).T.unflatten(1, fine)
+
+
+def _averaged(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps ``(N, H, W)`` on a coarser grid, without aliasing."""
+    return F.interpolate(maps[None], list(size), mode="bilinear", antialias=True)[0]
+
+
+def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(maps[None], list(size), mode="bilinear", align_corners=False)[0]

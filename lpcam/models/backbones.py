@@ -7,6 +7,7 @@ dilation, as the published CAM and LPCAM classifiers do (timm's own ``output_str
 
 import copy
 import itertools
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,44 @@ class Backbone(nn.Module):
             )
         kept = min(len(found), 5)
         return [found[len(found) * (index + 1) // kept - 1] for index in range(kept)]
+
+    def stage(self, images: Tensor) -> Tensor:
+        """Features of an earlier, finer stage: the last with twice the rows, if there is one.
+
+        Nothing behind it is computed. Where no stage is finer, as in a ViT, it is the one in the
+        middle.
+
+        Args:
+            images: Normalised pictures ``(B, 3, H, W)``.
+
+        Returns:
+            ``(B, E, h', w')``.
+
+        Raises:
+            InputError: The network does not give its stages.
+        """
+        images = self._whole_patches(images)
+        found: list[Tensor] = self.network.forward_intermediates(
+            images, indices=[self._finer], intermediates_only=True, stop_early=True
+        )
+        return found[0]
+
+    @cached_property
+    def _finer(self) -> int:
+        """The index of the stage that :meth:`stage` gives."""
+        if not hasattr(self.network, "forward_intermediates"):
+            raise InputError(
+                f"backbone.name={self.name}: gives no features of its stages; take another network "
+                "or inference.propagate=0"
+            )
+        probe = torch.zeros(1, 3, 96, 96).to(next(self.parameters()))
+        with torch.no_grad():
+            found = self.network.forward_intermediates(
+                self._whole_patches(probe), intermediates_only=True
+            )
+        rows = [stage.shape[2] for stage in found]
+        finer = [index for index, height in enumerate(rows) if height >= 2 * rows[-1]]
+        return finer[-1] if finer else len(rows) // 2
 
     def _whole_patches(self, images: Tensor) -> Tensor:
         """Pad pictures with zeros until patches fill them, in the network's memory format."""

@@ -164,20 +164,26 @@ class Run:
     def settings(self) -> dict[str, MapSetting]:
         """The maps that the job makes."""
         use = self.choice.use
-        found = {"cam": MapSetting(), "lpcam": lpcam_setting(self.prototypes, use)}
-        if use == "both":
+        spread = self.inference.propagation
+        found = {"cam": MapSetting(), "lpcam": lpcam_setting(self.prototypes, use, spread)}
+        if spread:
+            found["lpcam_plain"] = lpcam_setting(self.prototypes, use)
+        elif use == "both":
             found["lpcam_class"] = lpcam_setting(self.prototypes, "class")
         return found
 
     @property
     def titles(self) -> dict[str, str]:
         """Names for people of the maps that are scored, what is compared with what first."""
-        titles = {"cam": "CAM", "lpcam": "LPCAM"}
+        spread = "lpcam_plain" in self.settings
+        titles = {"cam": "CAM", "lpcam": "LPCAM, propagated" if spread else "LPCAM"}
         if self.refiner:
             source = self.refiner.source
             extra = f", uses {self.refiner.uses}" if self.refiner.uses else ""
             title = f"{titles[source]} + {type(self.refiner).__name__}{extra}"
             titles = {source: titles[source], "refined": title, **titles}
+        if spread:
+            titles["lpcam_plain"] = "LPCAM"
         if "lpcam_class" in self.settings:
             titles["lpcam_class"] = "LPCAM without context"
         return titles

@@ -1,14 +1,20 @@
 """From the views of a batch to maps: of any number of settings at once, over scales and mirrors."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpcam.functional import local_prototype_map, merge_scales, normalize_maps
+from lpcam.functional import (
+    local_prototype_map,
+    merge_scales,
+    normalize_maps,
+    propagate,
+)
 from lpcam.prototypes.prototype_set import Prototypes
 from lpcam.seeds.record import grid_size
 
@@ -35,6 +41,21 @@ Finish = Callable[[Tensor, HostViews, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Propagation:
+    """A step between a picture's own positions, see :func:`~lpcam.functional.propagate`.
+
+    Attributes:
+        sharpness: See there.
+        stage_weight: Likewise.
+        own_share: Likewise.
+    """
+
+    sharpness: float
+    stage_weight: float
+    own_share: float
+
+
+@dataclass(frozen=True)
 class MapSetting:
     """One way of making maps: the host's own, or LPCAM with these directions.
 
@@ -42,16 +63,20 @@ class MapSetting:
         directions: Directions ``(C, D)``; None for the host's own maps.
         offset: Added to LPCAM's signed map; 1 when there are only context prototypes, which makes
             the map ``1 - mean cosine to the context``.
+        propagation: What follows on LPCAM's map; None for nothing.
     """
 
     directions: Tensor | None = None
     offset: float = 0.0
+    propagation: Propagation | None = None
 
 
-def lpcam_setting(prototypes: Prototypes, use: str) -> MapSetting:
+def lpcam_setting(
+    prototypes: Prototypes, use: str, propagation: Propagation | None = None
+) -> MapSetting:
     """LPCAM with the prototypes of ``class``, of ``context`` or of ``both``."""
     # Without class prototypes the map is 1 - mean cosine to the context: how unlike it is.
-    return MapSetting(prototypes.directions(use), 1.0 if use == "context" else 0.0)
+    return MapSetting(prototypes.directions(use), 1.0 if use == "context" else 0.0, propagation)
 
 
 class MapMaker(nn.Module):
@@ -64,6 +89,8 @@ class MapMaker(nn.Module):
     Args:
         settings: What to make.
         eps: Added to the maximum that an LPCAM map is divided by; a host's own has 1e-5.
+        factors: The factor of each scale on the picture's size, ascending; where a setting
+            propagates.
         rounded: Round the sum of features to half precision first, as it is kept in the store, so
             that maps are the same whether made now or later from there.
     """
@@ -72,11 +99,17 @@ class MapMaker(nn.Module):
     offsets: Tensor
 
     def __init__(
-        self, settings: Sequence[MapSetting], *, eps: float = 1e-5, rounded: bool = False
+        self,
+        settings: Sequence[MapSetting],
+        *,
+        eps: float = 1e-5,
+        factors: Sequence[float] = (1.0,),
+        rounded: bool = False,
     ) -> None:
         super().__init__()
         self.settings = tuple(settings)
         self.eps = eps
+        self.factors = tuple(factors)
         self.rounded = rounded
         directions = [s.directions for s in settings if s.directions is not None]
         stacked = torch.stack(directions) if directions else torch.zeros(0)
@@ -99,6 +132,7 @@ class MapMaker(nn.Module):
         labels: Tensor,
         size: tuple[int, int],
         finish: Finish | None = None,
+        stages: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """Maps of every setting.
 
@@ -107,6 +141,8 @@ class MapMaker(nn.Module):
             labels: Which classes to map ``(B, C)`` bool.
             size: Height and width of the pictures.
             finish: What the host does to LPCAM's maps; None for nothing.
+            stages: For each picture features of an earlier stage ``(E, h', w')``, where a setting
+                propagates.
 
         Returns:
             For each setting ``(L, H', W')`` in 0..1 on the stride-4 grid; L counts the True labels
@@ -128,11 +164,67 @@ class MapMaker(nn.Module):
         made: Iterator[Tensor] = iter([])
         if fitted:
             merged = merge_scales([maps.flatten(0, 1) for maps in fitted], grid)
-            made = iter(normalize_maps(merged, self.eps).unflatten(0, fitted[0].shape[:2]))
+            whole = normalize_maps(merged, self.eps).unflatten(0, fitted[0].shape[:2])
+            if stages is not None:
+                whole = self._propagated(whole, scales, stages, wanted.sum(1).tolist())
+            made = iter(whole)
         return [
             normalize_maps(merge_scales(host, grid)) if s.directions is None else next(made)
             for s in self.settings
         ]
+
+    def _propagated(
+        self,
+        maps: Tensor,
+        scales: Sequence[HostViews],
+        stages: Sequence[Tensor],
+        counts: Sequence[int],
+    ) -> Tensor:
+        """Maps ``(M, L, H, W)`` after what their settings say of propagation.
+
+        Args:
+            maps: The maps; L counts those of the pictures one after the other.
+            scales: The views of each scale.
+            stages: See :meth:`forward`.
+            counts: Maps of each picture.
+        """
+        found = maps.clone()
+        fitted = [s.propagation for s in self.settings if s.directions is not None]
+        start = 0
+        for b, (stage, count) in enumerate(zip(stages, counts, strict=True)):
+            part = slice(start, start := start + count)
+            if not count:
+                continue
+            features = self._own_features(scales, b)
+            for kind in {propagation for propagation in fitted if propagation}:
+                rows = [m for m, propagation in enumerate(fitted) if propagation == kind]
+                values = maps[rows, part].flatten(0, 1)
+                spread = propagate(values, features, stage.to(features), **asdict(kind))
+                spread = normalize_maps(spread - spread.amin((1, 2), keepdim=True), self.eps)
+                spread = F.interpolate(spread[None], maps.shape[2:], mode="bilinear")[0]
+                found[rows, part] = spread.unflatten(0, (len(rows), count))
+        return found
+
+    def _own_features(self, scales: Sequence[HostViews], b: int) -> Tensor:
+        """Mean of a picture's unit features ``(D, h, w)`` over scale 1 and the larger ones.
+
+        Smaller ones blur what is where. Without scale 1 the one next to it takes its place.
+
+        Args:
+            scales: The views of each scale.
+            b: Which picture.
+        """
+        nearest = min(self.factors, key=lambda factor: abs(math.log(factor)))
+        used = [
+            views.features[:, b].sum(0)
+            for views, factor in zip(scales, self.factors, strict=True)
+            if factor >= nearest
+        ]
+        if self.rounded:
+            used = [features.half() for features in used]
+        grid = used[0].shape[1:]
+        units = [F.normalize(features.float(), dim=0)[None] for features in used]
+        return torch.cat([F.interpolate(unit, grid, mode="bilinear") for unit in units]).mean(0)
 
     def _fitted(self, features: Tensor, present: Tensor) -> Tensor:
         """LPCAM of one scale after ReLU, for M settings and P classes: ``(M, B, P, h, w)``."""

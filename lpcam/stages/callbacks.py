@@ -18,8 +18,10 @@ from lpcam.functional import normalize_maps
 from lpcam.models.host import Host
 from lpcam.prototypes.maps import HostViews, MapMaker, sampled_maps
 from lpcam.seeds.record import SeedRecord, save_seed
+from lpcam.stages.finer import read_finer
 from lpcam.storage.files import write_atomically
 from lpcam.storage.parallel import Beside
+from lpcam.storage.store import Stage
 
 
 class FeatureCallback(BasePredictionWriter):
@@ -81,15 +83,22 @@ class LPCAMCallback(BasePredictionWriter):
         folders: Where the ``<id>.npz`` of each of its settings go.
         kept: Where the features of each picture go that LPCAM reads, a file ``<id>.npz`` with an
             array ``(D, h, w)`` float16 a scale in the order of the scales; None for nowhere.
+        finer: The stage of the features that maps propagate by; None where none does.
     """
 
     def __init__(
-        self, maker: MapMaker, folders: Sequence[Path], *, kept: Path | None = None
+        self,
+        maker: MapMaker,
+        folders: Sequence[Path],
+        *,
+        kept: Path | None = None,
+        finer: Stage | None = None,
     ) -> None:
         super().__init__("batch")
         self.maker = maker
         self.folders = folders
         self.kept = kept
+        self.finer = finer
         # The next forward pass does not wait for files to be compressed and written.
         self._writing = Beside()
 
@@ -110,7 +119,10 @@ class LPCAMCallback(BasePredictionWriter):
         """Write the pictures of one batch."""
         assert isinstance(pl_module, Host)
         labels = batch["labels"].bool()
-        maps = self.maker(prediction, labels, batch["size"], pl_module.finish)
+        stages = None
+        if self.finer:
+            stages = [read_finer(self.finer, image_id) for image_id in batch["ids"]]
+        maps = self.maker(prediction, labels, batch["size"], pl_module.finish, stages)
         if self.kept is not None:
             halves = [views.features.sum(0).half().cpu().numpy() for views in prediction]
             self._writing.call(_write_features, self.kept, batch["ids"], halves)

@@ -13,9 +13,10 @@ from pydantic import Field
 from lpcam.data.dataset import Picture, fingerprint, multi_hot, open_image
 from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer
-from lpcam.prototypes.maps import HostViews, MapMaker, MapSetting
-from lpcam.settings import CHECKED, Count
+from lpcam.prototypes.maps import HostViews, MapMaker, MapSetting, Propagation
+from lpcam.settings import CHECKED, Count, Share
 from lpcam.stages.callbacks import LPCAMCallback, write_maps
+from lpcam.stages.finer import finer_features, read_finer
 from lpcam.stages.passes import ViewSettings, feature_bytes, predict
 from lpcam.storage.arrays import read_arrays
 from lpcam.storage.hashing import tensors_digest
@@ -32,16 +33,30 @@ class Inference(ViewSettings):
         eps: See :func:`~lpcam.functional.normalize_maps`.
         batch_size: Pictures of one size that share a forward pass.
         keep_features: GB that the features of a split's pictures may take in the store.
+        propagate: The ``sharpness`` of :class:`~lpcam.prototypes.maps.Propagation`; 0 for no such
+            step.
+        stage_weight: See there.
+        own_share: See there.
     """
 
     eps: Annotated[float, Field(ge=0)] = 1e-5
     batch_size: Count = 1
     keep_features: Annotated[float, Field(ge=0)] = 20.0
+    propagate: Annotated[float, Field(ge=0, le=100)] = 0.0
+    stage_weight: Annotated[float, Field(ge=0, le=100)] = 2.0
+    own_share: Share = 0.4
 
     @property
     def views(self) -> ViewSettings:
         """The views alone."""
         return ViewSettings(self.scales, self.flip)
+
+    @property
+    def propagation(self) -> Propagation | None:
+        """The step that follows on LPCAM's maps, if there is one."""
+        if not self.propagate:
+            return None
+        return Propagation(self.propagate, self.stage_weight, self.own_share)
 
 
 def maps(
@@ -76,18 +91,10 @@ def maps(
         "pictures": fingerprint(pictures),
         **asdict(inference.views),
     }
-    stages = {}
-    inputs: dict[str, Any]
-    for name, setting in settings.items():
-        if setting.directions is None:
-            inputs = {"head": "host", "score": host.score_key}
-        else:
-            matrix = tensors_digest({"directions": setting.directions})
-            inputs = {"head": "lpcam", "matrix": matrix, "offset": setting.offset}
-            inputs["eps"] = inference.eps
-            if host.finishes:
-                inputs["score"] = host.score_key
-        stages[name] = Stage(store, "maps", {**common, **inputs})
+    stages = {
+        name: Stage(store, "maps", {**common, **_inputs(setting, host, inference)})
+        for name, setting in settings.items()
+    }
     distinct = {stages[name].key: name for name in settings}
     views = Stage(store, "views", common)
     with ExitStack() as stack:
@@ -106,17 +113,22 @@ def maps(
         ):
             # Where another process is making them this waits, and finds them done.
             kept = stack.enter_context(views.build(resume=True, together=True)) or views.folder
-        maker = MapMaker(wanted, eps=inference.eps, rounded=kept is not None)
+        maker = MapMaker(
+            wanted, eps=inference.eps, factors=inference.scales, rounded=kept is not None
+        )
+        finer = None
+        if any(setting.propagation for setting in wanted):
+            finer = finer_features(store, make_trainer, host, pictures, num_workers=num_workers)
         if kept == views.folder and all(setting.directions is not None for setting in wanted):
             if is_main_process():
-                _maps_from_kept(views, host.num_classes, pictures, maker, list(missing))
+                _maps_from_kept(views, finer, host.num_classes, pictures, maker, list(missing))
             return stages
         folders = [*missing, *([kept] if kept else [])]
         predict(
             make_trainer,
             host,
             pictures,
-            LPCAMCallback(maker, list(missing), kept=kept),
+            LPCAMCallback(maker, list(missing), kept=kept, finer=finer),
             done=lambda p: all((folder / f"{p.id}.npz").is_file() for folder in folders),
             scales=inference.scales,
             flip=inference.flip,
@@ -126,8 +138,26 @@ def maps(
     return stages
 
 
+def _inputs(setting: MapSetting, host: Host, inference: Inference) -> dict[str, Any]:
+    """What decides a setting's maps, beyond the pictures and their features."""
+    if setting.directions is None:
+        return {"head": "host", "score": host.score_key}
+    inputs: dict[str, Any] = {
+        "head": "lpcam",
+        "matrix": tensors_digest({"directions": setting.directions}),
+        "offset": setting.offset,
+        "eps": inference.eps,
+    }
+    if host.finishes:
+        inputs["score"] = host.score_key
+    if setting.propagation:
+        inputs["propagation"] = asdict(setting.propagation)
+    return inputs
+
+
 def _maps_from_kept(
     views: Stage,
+    finer: Stage | None,
     num_classes: int,
     pictures: Sequence[Picture],
     maker: MapMaker,
@@ -143,7 +173,8 @@ def _maps_from_kept(
         kept = read_arrays(views.folder / f"{picture.id}.npz")
         features = [torch.from_numpy(scale)[None, None].float() for scale in kept.values()]
         labels = torch.from_numpy(multi_hot([picture], num_classes)).bool()
-        found = maker([HostViews(scale) for scale in features], labels, size)
+        stages = [read_finer(finer, picture.id)] if finer else None
+        found = maker([HostViews(scale) for scale in features], labels, size, stages=stages)
         write_maps(folders, [picture.id], found, labels, size)
 
     for_each(write, pictures, "Maps")

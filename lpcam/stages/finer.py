@@ -1,0 +1,106 @@
+"""The stage of an earlier, finer stage's features, which maps propagate by."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import BasePredictionWriter
+from torch import Tensor
+
+from lpcam.data.dataset import Picture, fingerprint
+from lpcam.data.loaders import ViewBatch, view_loader
+from lpcam.errors import InputError
+from lpcam.models.backbones import Backbone
+from lpcam.models.host import Host
+from lpcam.models.training import MakeTrainer
+from lpcam.storage.arrays import DAMAGE, read_arrays
+from lpcam.storage.files import write_atomically
+from lpcam.storage.store import Stage
+
+
+def finer_features(
+    store: Path,
+    make_trainer: MakeTrainer,
+    host: Host,
+    pictures: Sequence[Picture],
+    *,
+    num_workers: int,
+) -> Stage:
+    """Features of each picture at its own size: ``<id>.npz`` with ``stage`` (E, h, w) float16.
+
+    See :meth:`Backbone.stage`; a pass of its own, which ends at that stage.
+
+    Args:
+        store: The store's folder.
+        make_trainer: Makes Lightning's trainer.
+        host: The trained host.
+        pictures: The pictures.
+        num_workers: Processes that decode pictures.
+    """
+    inputs = {"features": host.feature_key, "pictures": fingerprint(pictures)}
+    stage = Stage(store, "finer", inputs)
+    with stage.build(resume=True, together=True) as folder:
+        missing = [p for p in pictures if folder and not (folder / f"{p.id}.npz").is_file()]
+        if folder and missing:
+            backbone = host.backbone
+            loader = view_loader(
+                missing,
+                host.num_classes,
+                scales=[1.0],
+                flip=False,
+                mean=backbone.mean,
+                std=backbone.std,
+                num_workers=num_workers,
+            )
+            trainer = make_trainer(
+                logger=False, callbacks=[_Writer(folder)], enable_checkpointing=False
+            )
+            trainer.predict(_Stage(backbone.fused()), loader, return_predictions=False)
+            trainer.strategy.barrier()
+    return stage
+
+
+def read_finer(stage: Stage, image_id: str) -> Tensor:
+    """The features of one picture ``(E, h, w)`` float32.
+
+    Raises:
+        InputError: The file is missing or damaged.
+    """
+    path = stage.folder / f"{image_id}.npz"
+    try:
+        return torch.from_numpy(read_arrays(path)["stage"]).float()
+    except DAMAGE as error:
+        raise InputError(f"{path}: not readable features ({error}); delete its folder") from error
+
+
+class _Stage(pl.LightningModule):
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def predict_step(self, batch: ViewBatch, batch_idx: int) -> Tensor:
+        return self.backbone.stage(batch["views"][0])
+
+
+class _Writer(BasePredictionWriter):
+    def __init__(self, folder: Path) -> None:
+        super().__init__("batch")
+        self.folder = folder
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Tensor,
+        batch_indices: Sequence[int] | None,
+        batch: ViewBatch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        for image_id, features in zip(batch["ids"], prediction, strict=True):
+            buffer = io.BytesIO()
+            np.savez(buffer, stage=features.half().cpu().numpy())
+            write_atomically(self.folder / f"{image_id}.npz", buffer.getvalue())

@@ -1,0 +1,82 @@
+"""A step between a picture's own positions: against a slow statement of it, and what it must do."""
+
+import pytest
+import torch
+
+from lpcam.functional import own_prototype_maps, propagate
+from tests.oracles import propagation as oracle
+
+
+def scene(seed: int, *, maps: int = 2, grid=(3, 4), factor: int = 1):
+    generator = torch.Generator().manual_seed(seed)
+    fine = (grid[0] * factor, grid[1] * factor)
+    values = torch.rand(maps, *fine, generator=generator, dtype=torch.float64)
+    features = torch.randn(7, *grid, generator=generator, dtype=torch.float64).relu()
+    stage = torch.randn(5, *fine, generator=generator, dtype=torch.float64)
+    return values, features, stage
+
+
+@pytest.mark.parametrize(("sharpness", "weight"), [(3.0, 2.0), (0.0, 1.0), (9.0, 0.0)])
+def test_on_one_grid_it_is_the_formula(sharpness: float, weight: float) -> None:
+    values, features, stage = scene(0)
+    found = propagate(values, features, stage, sharpness=sharpness, stage_weight=weight)
+    for one, value in zip(found, values, strict=True):
+        wanted = oracle.step(value.numpy(), features.numpy(), stage.numpy(), sharpness, weight)
+        torch.testing.assert_close(one, torch.from_numpy(wanted), rtol=1e-10, atol=1e-12)
+
+
+def test_own_prototypes_are_the_formula() -> None:
+    values, features, stage = scene(1)
+    features[:, 0, 0] = 0  # has no direction
+    found = own_prototype_maps(values, features)
+    for one, value in zip(found, values, strict=True):
+        wanted = torch.from_numpy(oracle.own_prototypes(value.numpy(), features.numpy()))
+        torch.testing.assert_close(one, wanted, rtol=1e-10, atol=1e-12)
+    mixed = 0.7 * values + 0.3 * found
+    options = {"sharpness": 3.0, "stage_weight": 2.0}
+    torch.testing.assert_close(
+        propagate(values, features, stage, own_share=0.3, **options),
+        propagate(mixed, features, stage, **options),
+    )
+
+
+def test_blocks_change_nothing_and_maps_do_not_meet() -> None:
+    values, features, stage = scene(2, maps=3, grid=(4, 5), factor=2)
+    options = {"sharpness": 4.0, "stage_weight": 1.5, "own_share": 0.4}
+    whole = propagate(values, features, stage, **options)
+    assert whole.shape == (3, 8, 10)
+    for block in (1, 45, 400):
+        torch.testing.assert_close(
+            propagate(values, features, stage, block=block, **options), whole
+        )
+    for index in range(3):
+        alone = propagate(values[index : index + 1], features, stage, **options)
+        torch.testing.assert_close(alone[0], whole[index])
+
+
+def test_single_precision_is_near_double() -> None:
+    values, features, stage = scene(3, grid=(5, 6), factor=2)
+    options = {"sharpness": 3.0, "stage_weight": 2.0, "own_share": 0.4}
+    double = propagate(values, features, stage, **options)
+    single = propagate(values.float(), features.float(), stage.float(), **options)
+    torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-5)
+
+
+def test_a_map_of_a_part_spreads_over_the_object_and_stops_at_its_edge() -> None:
+    """Two regions, told apart by both kinds of features; the map has one corner of the first."""
+    features = torch.zeros(2, 4, 8)
+    features[0, :, :4], features[1, :, 4:] = 1, 1
+    stage = torch.zeros(2, 8, 16)
+    stage[0, :, :8], stage[1, :, 8:] = 1, 1
+    values = torch.zeros(1, 8, 16)
+    values[0, :2, :2] = 1
+    found = propagate(values, features, stage, sharpness=10.0, stage_weight=2.0)[0]
+    assert found[:, :7].min() > 10 * found[:, 9:].max()
+    torch.testing.assert_close(found[:, :6], found[:1, :1].expand(8, 6), rtol=1e-3, atol=0)
+
+
+def test_a_constant_map_stays_what_it_is() -> None:
+    _, features, stage = scene(4, factor=2)
+    constant = torch.full((1, 6, 8), 0.25, dtype=torch.float64)
+    found = propagate(constant, features, stage, sharpness=5.0, stage_weight=1.0)
+    torch.testing.assert_close(found, constant)
