@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from lpcam.functional import own_prototype_maps, propagate
+from lpcam.functional import normalize_maps, own_prototype_maps, propagate
+from lpcam.models.backbones import build_backbone
+from lpcam.prototypes.maps import HostViews, MapMaker, MapSetting, Propagation
 from tests.oracles import propagation as oracle
+from tests.prototypes.map_cases import SIZE, random_case
 
 
 def scene(seed: int, *, maps: int = 2, grid=(3, 4), factor: int = 1):
@@ -80,3 +84,75 @@ def test_a_constant_map_stays_what_it_is() -> None:
     constant = torch.full((1, 6, 8), 0.25, dtype=torch.float64)
     found = propagate(constant, features, stage, sharpness=5.0, stage_weight=1.0)
     torch.testing.assert_close(found, constant)
+
+
+STEP = Propagation(sharpness=3.0, stage_weight=2.0, own_share=0.4)
+FACTORS = (0.5, 1.0, 2.0)
+LABELS = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1]]).bool()
+
+
+def makers_case():
+    case = random_case(21)
+    stages = list(torch.randn(3, 5, 6, 8, generator=torch.Generator().manual_seed(5)))
+    plain = case.setting("both")
+    spread = MapSetting(plain.directions, plain.offset, STEP)
+    return case, stages, plain, spread
+
+
+def test_a_maker_propagates_what_it_would_have_made() -> None:
+    case, stages, plain, spread = makers_case()
+    make = MapMaker([MapSetting(), spread, plain], factors=FACTORS)
+    cam, found, before = make(case.scales, LABELS, SIZE, stages=stages)
+    (alone,) = MapMaker([plain])(case.scales, LABELS, SIZE)
+    torch.testing.assert_close(before, alone)
+    assert (cam != found).any()
+    start = 0
+    for picture, count in enumerate(LABELS.sum(1).tolist()):
+        if not count:
+            continue
+        # Scale 1 and the larger one, each as the sum of its views, on the grid of scale 1.
+        units = [F.normalize(v.features[:, picture].sum(0), dim=0) for v in case.scales[1:]]
+        larger = F.interpolate(units[1][None], units[0].shape[1:], mode="bilinear")[0]
+        wanted = propagate(
+            alone[start : start + count],
+            (units[0] + larger) / 2,
+            stages[picture],
+            sharpness=3.0,
+            stage_weight=2.0,
+            own_share=0.4,
+        )
+        wanted = normalize_maps(wanted - wanted.amin((1, 2), keepdim=True))
+        wanted = F.interpolate(wanted[None], before.shape[1:], mode="bilinear")[0]
+        torch.testing.assert_close(found[start : start + count], wanted, rtol=0, atol=1e-6)
+        start += count
+
+
+def test_batches_and_other_settings_change_nothing() -> None:
+    case, stages, plain, spread = makers_case()
+    softer = MapSetting(plain.directions, plain.offset, Propagation(1.0, 0.5, 0.0))
+    make = MapMaker([spread, plain, softer], factors=FACTORS)
+    together = make(case.scales, LABELS, SIZE, stages=stages)
+    (alone,) = MapMaker([softer], factors=FACTORS)(case.scales, LABELS, SIZE, stages=stages)
+    torch.testing.assert_close(together[2], alone, rtol=0, atol=1e-12)
+    only = slice(2, 3)
+    scales = [HostViews(v.features[:, only], v.maps[:, only]) for v in case.scales]
+    single = make(scales, LABELS[only], SIZE, stages=stages[only])
+    torch.testing.assert_close(together[0][2:], single[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("efficientnet_lite0", 2), ("resnet50", 2), ("vit_tiny_patch16_224", None)]
+)
+def test_the_stage_is_the_last_with_twice_the_rows(name: str, index: int | None) -> None:
+    backbone = build_backbone(name, None).eval()
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stage, features = backbone.stage(images), backbone(images)
+        if index is None:  # no finer one: that of the block in the middle
+            assert stage.shape[2:] == features.shape[2:]
+            return
+        assert stage.shape[2:] == (8, 12)
+        torch.testing.assert_close(stage, backbone.stages(images)[index])
+        torch.testing.assert_close(
+            backbone.fused().stage(images), stage, rtol=1e-3, atol=1e-3 * float(stage.abs().max())
+        )

@@ -180,6 +180,21 @@ def test_a_refiner_that_lacks_its_files_says_so(program, copied: Path) -> None:
     assert_one_line(outcome, "nowhere")
 
 
+def test_the_best_recipe_is_made_alike_from_pictures_and_from_kept_features(
+    program, copied: Path
+) -> None:
+    run = (*TINY, *TINY_INFER, "report=false", "recipe=best")
+    assert program("infer", *run, *at(copied, "first")).status == 0
+    found = json.loads((copied / "first" / "metrics.json").read_text())
+    assert {"val/cam/miou", "val/lpcam/miou", "val/lpcam_plain/miou"} <= found.keys()
+    assert found["val/lpcam/miou"] != found["val/lpcam_plain/miou"]
+    assert list(copied.glob("store/finer/*/val_00001.npz"))
+    first = {path.name: path.read_bytes() for path in copied.glob("first/maps/*.npz")}
+    shutil.rmtree(copied / "store" / "maps")
+    assert program("infer", *run, *at(copied, "again")).status == 0
+    assert first == {path.name: path.read_bytes() for path in copied.glob("again/maps/*.npz")}
+
+
 def test_a_background_score_is_chosen_without_masks(program, copied: Path) -> None:
     run = (*TINY, *TINY_INFER, "report=false", "thresholds.seed_background=auto")
     assert program("infer", *run, "refiner=par", *at(copied, "chosen")).status == 0
