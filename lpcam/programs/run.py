@@ -176,7 +176,7 @@ class Run:
     def titles(self) -> dict[str, str]:
         """Names for people of the maps that are scored, what is compared with what first."""
         spread = "lpcam_plain" in self.settings
-        titles = {"cam": "CAM", "lpcam": "LPCAM, propagated" if spread else "LPCAM"}
+        titles = {"cam": "CAM", "lpcam": "LPCAM, spread" if spread else "LPCAM"}
         if self.refiner:
             source = self.refiner.source
             extra = f", uses {self.refiner.uses}" if self.refiner.uses else ""
@@ -230,9 +230,7 @@ class Run:
         return {name: {split: by_split[split][name] for split in by_split} for name in wanted}
 
     def backgrounds(self, maps: Mapping[str, Mapping[str, Stage]]) -> dict[str, float]:
-        """The background score of each kind of maps.
-
-        Those that are chosen are chosen on the training split, where that has maps.
+        """The background score of each kind of maps, the configured one or the chosen ones.
 
         Args:
             maps: Maps by name and split.
@@ -240,16 +238,18 @@ class Run:
         given = self.choice.seed_background
         if given != "auto":
             return dict.fromkeys(maps, given)
+        return agree(self._chosen(maps) if is_main_process() else {})
+
+    def _chosen(self, maps: Mapping[str, Mapping[str, Stage]]) -> dict[str, float]:
+        """Background scores chosen on the training split, or the first where that has no maps."""
+        found = next(iter(maps.values()))
         train = self.dataset.train_split
-        split = train if train in self.splits else self.splits[0]
-        found = {}
-        if is_main_process():
-            found = background_stage.backgrounds(
-                self.store,
-                {name: by_split[split] for name, by_split in maps.items()},
-                self.dataset.pictures(split),
-            )
-        return agree(found)
+        split = train if train in found else next(iter(found))
+        return background_stage.backgrounds(
+            self.store,
+            {name: by_split[split] for name, by_split in maps.items()},
+            self.dataset.pictures(split),
+        )
 
     def results(self) -> Results:
         """Run every stage that is not done; what is refined and scored belongs to one process."""
@@ -270,6 +270,8 @@ class Run:
             if found:
                 maps["refined"] = found
                 backgrounds["refined"] = self.refiner.background
+                if self.refiner.rule_of_thumb and self.choice.seed_background == "auto":
+                    backgrounds |= self._chosen({"refined": found})
         scored = scores(self.store, maps, self.dataset)
         metrics = {
             f"{split}/{name}/{key}": value

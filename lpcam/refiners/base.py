@@ -48,6 +48,8 @@ class Refiner(ABC):
     Attributes:
         uses: Supervision beyond image labels, such as "saliency"; empty for none. Results are
             marked with it.
+        rule_of_thumb: Whether ``background`` only roughly follows from ``seed_background``, so that
+            one that is chosen by looking at the scores is better.
     """
 
     uses: ClassVar[str] = ""
@@ -68,6 +70,11 @@ class Refiner(ABC):
     def mask_background(self) -> float:
         """The background score of the pseudo mask that follows from ``seed_background``."""
         return self.seed_background
+
+    @property
+    def rule_of_thumb(self) -> bool:
+        """See above."""
+        return False
 
     def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, Any]:
         """Values that results depend on, besides the maps and the pictures; JSON can hold them.

@@ -156,7 +156,7 @@ def draw_confusion(methods: Sequence[Method], split: str, classes: Sequence[str]
     kept = np.flatnonzero(~np.isnan(shares[0][:, 0]))
     names = [("background", *classes)[label] for label in kept]
     side = max(1.6 + 0.42 * len(kept), 3.4) if len(kept) <= LABELLED else 7.0
-    figure = new_figure(side * len(methods), side)
+    figure = new_figure(side * len(methods), side + 0.4)
     for axes, method, share in zip(
         figure.subplots(1, len(methods), squeeze=False)[0], methods, shares, strict=True
     ):

@@ -161,6 +161,9 @@ def test_thresholds_follow_the_background_score_of_the_maps() -> None:
     refiner = IRN(seed_background=0.4, power=1)
     assert (refiner.conf_fg, refiner.conf_bg) == pytest.approx((0.52, 0.3))
     assert IRN(seed_background=0.4).background == pytest.approx(0.4**POWER)
+    assert IRN().rule_of_thumb
+    assert not IRN(background=0.2).rule_of_thumb
+    assert not IRN(thresholds="lpcam").rule_of_thumb
     for extreme in (0, 1):
         refiner = IRN(seed_background=extreme)
         assert 0 < refiner.conf_bg <= refiner.conf_fg < 1

@@ -103,6 +103,7 @@ class IRN(HeadRefiner):
         super().__init__(radius=radius, scales=scales, lr=lr, beta=beta, **options)
         named = THRESHOLDS[thresholds] if thresholds else thresholds_around(self.seed_background)
         self.background = named.background if background is None else background
+        self._estimated = thresholds is None and background is None
         self.conf_fg = named.conf_fg if conf_fg is None else conf_fg
         self.conf_bg = named.conf_bg if conf_bg is None else conf_bg
         self.power = named.power if power is None else power
@@ -111,6 +112,11 @@ class IRN(HeadRefiner):
             raise InputError(
                 f"refiner.conf_bg={self.conf_bg}: give at most refiner.conf_fg={self.conf_fg}"
             )
+
+    @property
+    def rule_of_thumb(self) -> bool:
+        """Whether nothing better is known than the power of the maps' own background score."""
+        return self._estimated
 
     def training(self, backbone: Backbone) -> RelationTraining:  # noqa: D102 - inherited
         return RelationTraining(backbone, radius=self.radius, lr=self.lr)
