@@ -86,3 +86,12 @@ def test_every_study_composes_and_names_its_command(study: Path) -> None:
         value = str(values).split(",")[0]
         if not value.startswith(("range", "interval")):
             compose("infer", [f"{key}={value}"])
+
+
+def test_the_lists_of_the_study_on_genuine_pictures_are_whole_and_apart() -> None:
+    names = [
+        (ROOT / "experiments" / f"voc_animals_{split}.txt").read_text().split()
+        for split in ("train", "val")
+    ]
+    assert [len(set(ids)) for ids in names] == [len(ids) for ids in names] == [437, 445]
+    assert set(names[0]).isdisjoint(names[1])
