@@ -1,9 +1,13 @@
 """A step between a picture's own positions: against a slow statement of it, and what it must do."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
+from lpcam import LPCAM
+from lpcam.errors import InputError
+from lpcam.explain.feature_layers import find_finer_layer, finer_features
 from lpcam.functional import normalize_maps, own_prototype_maps, propagate
 from lpcam.models.backbones import build_backbone
 from lpcam.prototypes.maps import HostViews, MapMaker, MapSetting, Propagation
@@ -156,3 +160,53 @@ def test_the_stage_is_the_last_with_twice_the_rows(name: str, index: int | None)
         torch.testing.assert_close(
             backbone.fused().stage(images), stage, rtol=1e-3, atol=1e-3 * float(stage.abs().max())
         )
+
+
+@pytest.fixture(scope="module")
+def fitted() -> LPCAM:
+    generator = torch.Generator().manual_seed(3)
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=3).eval()
+    images = torch.randn(6, 3, 64, 96, generator=generator)
+    labels = torch.eye(3).repeat(2, 1)
+    loader = [(images[:3], labels[:3]), (images[3:], labels[3:])]
+    return LPCAM(model, k=2, class_score=0.0, example=(3, 64, 96)).fit(loader, progress=False)
+
+
+def test_the_library_propagates_too(fitted: LPCAM) -> None:
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(4))
+    labels = torch.tensor([[1, 0, 1], [0, 0, 0]])
+    views = ((0.5, False), (1.0, False), (1.0, True))
+    plain = fitted(images, labels, views=views)
+    found = fitted(images, labels, views=views, propagate=3)
+    assert found.shape == plain.shape == (2, 3, 64, 96)
+    assert not found[1].any()
+    assert not found[0, 1].any()
+    layer = find_finer_layer(fitted.model, fitted.layers, images)
+    assert layer is fitted.model.layer3  # twice the rows of layer4
+    stage = finer_features(fitted.model, layer, images)[0]
+    with torch.no_grad():
+        both = torch.cat([images[:1], images[:1].flip(3)])
+        features = fitted.model.forward_features(both)
+    added = features[0] + features[1].flip(2)
+    unit = F.normalize(added, dim=0)
+    wanted = propagate(
+        plain[0, [0, 2]], unit, stage, sharpness=3.0, stage_weight=2.0, own_share=0.4
+    )
+    wanted = normalize_maps(wanted - wanted.amin((1, 2), keepdim=True))
+    wanted = F.interpolate(wanted[None], (64, 96), mode="bilinear")[0]
+    torch.testing.assert_close(found[0, [0, 2]], wanted, rtol=0, atol=1e-5)
+    assert not fitted.model.layer3._forward_hooks
+
+
+def test_what_cannot_propagate_says_so(fitted: LPCAM) -> None:
+    images = torch.randn(1, 3, 64, 96)
+    with pytest.raises(InputError, match=r"^propagate=-1: give a sharpness"):
+        fitted(images, propagate=-1)
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=2, global_pool="avg").eval()
+    cam = LPCAM(vit, k=2, class_score=0.0)
+    batch = (torch.randn(2, 3, 224, 224), torch.eye(2))
+    cam.fit([batch], progress=False)
+    with pytest.raises(InputError, match=r"^propagate: no layer before"):
+        cam(batch[0], propagate=3)

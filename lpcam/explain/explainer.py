@@ -13,12 +13,18 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lpcam.errors import InputError
-from lpcam.explain.feature_layers import evaluating, find_feature_layers
+from lpcam.explain.feature_layers import (
+    evaluating,
+    find_feature_layers,
+    find_finer_layer,
+    finer_features,
+)
 from lpcam.explain.views import SINGLE_VIEW, Views, check_pictures, view_features
 from lpcam.functional import merge_scales, normalize_maps
 from lpcam.prototypes.centers import Centers, Clustering
 from lpcam.prototypes.class_head import LinearHead
 from lpcam.prototypes.head import SIGNED, PrototypeHead
+from lpcam.prototypes.maps import Propagation, from_scale_one, spread
 from lpcam.prototypes.prototype_set import Prototypes
 from lpcam.prototypes.selection import Selection, fit_prototypes
 from lpcam.settings import make
@@ -120,6 +126,7 @@ class LPCAM:
             "classifier": self.layers.classifier_name,
             "example": list(example.shape[1:]),
         }
+        self._finer: nn.Module | None = None
         self.centers: Centers | None = None
         self._head: PrototypeHead | None = None
 
@@ -238,6 +245,7 @@ class LPCAM:
         *,
         views: Views = SINGLE_VIEW,
         aggregate: str = "mean",
+        propagate: float = 0.0,
     ) -> Tensor:
         """Maps of all asked classes, from one forward pass a scale.
 
@@ -249,15 +257,18 @@ class LPCAM:
                 Features of a picture and its mirror image are averaged, maps of scales are added.
             aggregate: How similarities to several prototypes become one: ``mean`` (the paper),
                 ``max``, ``topk`` or ``lse``; see :meth:`~lpcam.prototypes.head.PrototypeHead.maps`.
+            propagate: Sharpness of a step between each picture's own positions, which carries the
+                maps to the edges of objects, see :func:`~lpcam.functional.propagate`; 3 is good, 0
+                is no such step. Part of one more forward pass is its cost.
 
         Returns:
             ``(B, C, H, W)`` in 0..1; zero for a class that is not asked for, or not fitted.
 
         Raises:
-            InputError: Nothing is fitted, an argument has a wrong shape or value, or the maps would
-                take more than 8 GB.
+            InputError: Nothing is fitted, an argument has a wrong shape or value, the maps would
+                take more than 8 GB, or the model has no finer layer to propagate by.
         """
-        return self._maps(images, labels, views, [self._lpcam(aggregate)])[0]
+        return self._maps(images, labels, views, [self._lpcam(aggregate)], propagate)[0]
 
     def compare(
         self,
@@ -326,9 +337,12 @@ class LPCAM:
         labels: Tensor | None,
         views: Views,
         heads: Sequence[Callable[[Tensor, Tensor], Tensor]],
+        sharpness: float = 0.0,
     ) -> list[Tensor]:
         """Maps ``(B, C, H, W)`` of several heads from the same forward passes."""
         check_pictures(images)
+        if not 0 <= sharpness <= 100:
+            raise InputError(f"propagate={sharpness}: give a sharpness in 0..100")
         weight = self.layers.weight
         if labels is None:
             asked = torch.zeros(len(images), len(weight), dtype=torch.bool)
@@ -338,7 +352,8 @@ class LPCAM:
         views = list(views)
         # Those of all classes are returned. Those asked for exist twice a scale while scales are
         # added, and three times while they are normalised.
-        scales = len({scale for scale, _ in views})
+        factors = sorted({scale for scale, _ in views})
+        scales = len(factors)
         count = len(heads) * asked.numel() + int(asked.sum()) * (2 * scales + 1)
         size = weight.element_size() * count * images.shape[2] * images.shape[3]
         if size > MAX_BYTES:
@@ -354,13 +369,44 @@ class LPCAM:
         if not len(present):
             return maps
         by_scale: list[list[Tensor]] = [[] for _ in heads]
+        added: list[Tensor] = []
         for features in view_features(self.features, images, views):
+            if sharpness:
+                added.append(features.sum(0))
             with torch.autocast(weight.device.type, enabled=False):
                 for head, found in zip(heads, by_scale, strict=True):
                     found.append(head(features, present)[asked[:, present]])
         for full, found in zip(maps, by_scale, strict=True):
             full[asked] = normalize_maps(merge_scales(found, (images.shape[2], images.shape[3])))
+            if sharpness:
+                self._propagate(full, asked, images, from_scale_one(added, factors), sharpness)
         return maps
+
+    def _propagate(
+        self,
+        maps: Tensor,
+        asked: Tensor,
+        images: Tensor,
+        added: Sequence[Tensor],
+        sharpness: float,
+    ) -> None:
+        """Carry maps ``(B, C, H, W)`` on, in place.
+
+        Args:
+            maps: The maps.
+            asked: Which of them are wanted ``(B, C)`` bool.
+            images: The pictures.
+            added: Features of scale 1 and the larger ones, views added ``(B, D, h, w)``.
+            sharpness: Of the step.
+        """
+        if self._finer is None:
+            self._finer = find_finer_layer(self.model, self.layers, images)
+        images = images.to(self.layers.classifier.weight)
+        stages = finer_features(self.model, self._finer, images)
+        step = Propagation(sharpness)
+        for picture, shown, stage, *features in zip(maps, asked, stages, *added, strict=True):
+            if shown.any():
+                picture[shown] = spread(picture[shown], features, stage, step, picture.shape[1:])
 
     def _lpcam(self, aggregate: str) -> Callable[[Tensor, Tensor], Tensor]:
         head = self.head

@@ -10,7 +10,7 @@ layer; there the patch tokens beside it are taken, which only approximates the s
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,69 @@ class FeatureLayers:
         if self.norm.bias is not None:
             features = features + self.norm.bias.detach()
         return features
+
+
+class _Reached(Exception):  # noqa: N818 - no error: the rest of the model is not needed
+    pass
+
+
+def find_finer_layer(model: nn.Module, layers: FeatureLayers, images: Tensor) -> Any:
+    """The last stage of a convolutional model that is at least twice as fine as its features.
+
+    A stage is a module of modules; where the model has none, it is any layer.
+
+    Args:
+        model: The model.
+        layers: Its feature layer.
+        images: Pictures that it takes ``(B, 3, H, W)``.
+
+    Raises:
+        InputError: There is none.
+    """
+    seen: list[tuple[nn.Module, int]] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4:
+            seen.append((module, output.shape[2]))
+
+    handles = [module.register_forward_hook(record) for module in model.modules()]
+    try:
+        with evaluating(model):
+            rows = layers.features(model, images).shape[2]
+    finally:
+        for handle in handles:
+            handle.remove()
+    finer = [module for module, height in seen if height >= 2 * rows]
+    stages = [module for module in finer if next(module.children(), None)]
+    if layers.layout != "BDhw" or not finer:
+        raise InputError(
+            f"propagate: no layer before {layers.name} is finer than it; give 0, which every model "
+            "allows"
+        )
+    return (stages or finer)[-1]
+
+
+def finer_features(model: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:
+    """The output ``(B, E, h, w)`` of a layer; nothing behind it is computed.
+
+    Args:
+        model: The model.
+        layer: The layer.
+        images: Pictures ``(B, 3, H, W)``.
+    """
+    outputs: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        outputs.append(_precise(output))
+        raise _Reached
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        with evaluating(model), suppress(_Reached):
+            model(images)
+    finally:
+        handle.remove()
+    return outputs[0]
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from lpcam.functional import (
 )
 from lpcam.prototypes.prototype_set import Prototypes
 from lpcam.seeds.record import grid_size
+
+T = TypeVar("T")
 
 
 class HostViews(NamedTuple):
@@ -51,8 +53,8 @@ class Propagation:
     """
 
     sharpness: float
-    stage_weight: float
-    own_share: float
+    stage_weight: float = 2.0
+    own_share: float = 0.4
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,49 @@ def lpcam_setting(
     """LPCAM with the prototypes of ``class``, of ``context`` or of ``both``."""
     # Without class prototypes the map is 1 - mean cosine to the context: how unlike it is.
     return MapSetting(prototypes.directions(use), 1.0 if use == "context" else 0.0, propagation)
+
+
+def from_scale_one(scales: Sequence[T], factors: Sequence[float]) -> Sequence[T]:
+    """What there is of scale 1, or of the scale next to it, and of the larger ones.
+
+    Smaller scales blur what is where.
+
+    Args:
+        scales: Anything, for each scale.
+        factors: The factor of each scale, ascending.
+    """
+    nearest = min(factors, key=lambda factor: abs(math.log(factor)))
+    return scales[list(factors).index(nearest) :]
+
+
+def spread(
+    values: Tensor,
+    features: Sequence[Tensor],
+    stage: Tensor,
+    step: Propagation,
+    size: Sequence[int],
+    eps: float = 1e-5,
+) -> Tensor:
+    """One picture's maps after the step, from 0 to 1 again.
+
+    Args:
+        values: Its maps ``(V, H, W)``.
+        features: Its local features at several scales ``(D, h, w)``; the mean of the unit features
+            counts, on the grid of the first scale.
+        stage: Features of an earlier stage ``(E, h', w')`` at that scale.
+        step: How.
+        size: Rows and columns of the result.
+        eps: Added to the maximum that each map is divided by, after its minimum is subtracted.
+
+    Returns:
+        ``(V, *size)``.
+    """
+    grid = features[0].shape[1:]
+    units = [F.normalize(scale.float(), dim=0)[None] for scale in features]
+    mean = torch.cat([F.interpolate(unit, grid, mode="bilinear") for unit in units]).mean(0)
+    carried = propagate(values, mean, stage.to(mean), **asdict(step))
+    carried = normalize_maps(carried - carried.amin((1, 2), keepdim=True), eps)
+    return F.interpolate(carried[None], list(size), mode="bilinear")[0]
 
 
 class MapMaker(nn.Module):
@@ -195,36 +240,15 @@ class MapMaker(nn.Module):
             part = slice(start, start := start + count)
             if not count:
                 continue
-            features = self._own_features(scales, b)
+            used = [views.features[:, b].sum(0) for views in from_scale_one(scales, self.factors)]
+            if self.rounded:
+                used = [features.half() for features in used]
             for kind in {propagation for propagation in fitted if propagation}:
                 rows = [m for m, propagation in enumerate(fitted) if propagation == kind]
                 values = maps[rows, part].flatten(0, 1)
-                spread = propagate(values, features, stage.to(features), **asdict(kind))
-                spread = normalize_maps(spread - spread.amin((1, 2), keepdim=True), self.eps)
-                spread = F.interpolate(spread[None], maps.shape[2:], mode="bilinear")[0]
-                found[rows, part] = spread.unflatten(0, (len(rows), count))
+                carried = spread(values, used, stage, kind, maps.shape[2:], self.eps)
+                found[rows, part] = carried.unflatten(0, (len(rows), count))
         return found
-
-    def _own_features(self, scales: Sequence[HostViews], b: int) -> Tensor:
-        """Mean of a picture's unit features ``(D, h, w)`` over scale 1 and the larger ones.
-
-        Smaller ones blur what is where. Without scale 1 the one next to it takes its place.
-
-        Args:
-            scales: The views of each scale.
-            b: Which picture.
-        """
-        nearest = min(self.factors, key=lambda factor: abs(math.log(factor)))
-        used = [
-            views.features[:, b].sum(0)
-            for views, factor in zip(scales, self.factors, strict=True)
-            if factor >= nearest
-        ]
-        if self.rounded:
-            used = [features.half() for features in used]
-        grid = used[0].shape[1:]
-        units = [F.normalize(features.float(), dim=0)[None] for features in used]
-        return torch.cat([F.interpolate(unit, grid, mode="bilinear") for unit in units]).mean(0)
 
     def _fitted(self, features: Tensor, present: Tensor) -> Tensor:
         """LPCAM of one scale after ReLU, for M settings and P classes: ``(M, B, P, h, w)``."""
