@@ -1,4 +1,4 @@
-"""``lpcam store list|prune``: what the store holds, and what may go."""
+"""``lpcam store list|verify|prune``: what the store holds, whether it is sound, what may go."""
 
 import argparse
 from pathlib import Path
@@ -9,8 +9,8 @@ from lpcam.errors import InputError
 
 def add_command(commands: Any) -> None:
     """Add the command to a parser's subparsers."""
-    parser = commands.add_parser("store", help="list what the store holds, or free it")
-    parser.add_argument("action", choices=("list", "prune"))
+    parser = commands.add_parser("store", help="list what the store holds, check it, free it")
+    parser.add_argument("action", choices=("list", "verify", "prune"))
     parser.add_argument("--root", type=Path, default=Path("store"), help="the store's folder")
     parser.add_argument("--stage", help="only results of this kind, such as views")
     parser.add_argument("--days", type=float, default=0, help="prune: only what is so old")
@@ -19,7 +19,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """List or prune.
+    """List, verify or prune.
 
     Args:
         options: The parsed command line.
@@ -34,8 +34,28 @@ def run(options: argparse.Namespace) -> None:
     if options.action == "list":
         _print_results(options.root, options.stage)
         return
+    if options.action == "verify":
+        _verify(options.root)
+        return
     freed = prune(options.root, stage=options.stage, days=options.days, partial=options.partial)
     print(f"{freed / 1e6:.1f} MB freed")
+
+
+def _verify(root: Path) -> None:
+    """Read everything, delete what is damaged, and end with status 1 if anything was."""
+    import shutil
+    import sys
+
+    from lpcam.storage.store import verify
+
+    found = verify(root)
+    damaged = {folder: lines for folder, lines in found.items() if lines}
+    for folder, lines in damaged.items():
+        print("\n".join(lines), file=sys.stderr)
+        shutil.rmtree(folder)
+    print(f"{len(found)} results read, {len(damaged)} damaged and deleted: a run makes them again")
+    if damaged:
+        sys.exit(1)
 
 
 def _print_results(root: Path, stage: str | None) -> None:

@@ -4,15 +4,23 @@ A stage is a folder ``<root>/<name>/<key>/``. It is filled under the name ``<key
 renamed when whole, with ``manifest.json`` written last, so a folder that has its final name is
 complete. A lock file beside it keeps two processes from computing the same thing; the operating
 system releases the lock when a process dies.
+
+The manifest lists the size of every file. A stage is served only if all are there and have theirs;
+otherwise it is made again, of a stage that is made picture by picture what is missing. What was
+altered and kept its size is found by :func:`verify`, which reads everything.
 """
 
 import contextlib
 import json
+import os
 import shutil
+import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 from filelock import FileLock
 
@@ -44,11 +52,13 @@ class Stage:
         self.folder = root / name / self.key
         self.seconds: float | None = None
         self._partial = self.folder.with_name(f"{self.key}.partial")
+        self._whole = False
 
     @property
     def done(self) -> bool:
-        """Whether the whole result is there."""
-        return (self.folder / "manifest.json").is_file()
+        """Whether the whole result is there; looked at until it is."""
+        self._whole = self._whole or (self.folder.is_dir() and not damage(self.folder))
+        return self._whole
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -76,8 +86,10 @@ class Stage:
             if agree(self.done) if together else self.done:
                 yield None
                 return
-            if finishes and not resume:
-                shutil.rmtree(self._partial, ignore_errors=True)
+            if finishes:
+                self._clear(resume=resume)
+            if together:
+                barrier()
             self._partial.mkdir(exist_ok=True)
             start = time.perf_counter()
             yield self._partial
@@ -85,15 +97,108 @@ class Stage:
                 barrier()  # every process has written its part
             if finishes:
                 self.seconds = round(time.perf_counter() - start, 3)
-                manifest = {"stage": self.name, "inputs": self.inputs, "seconds": self.seconds}
+                manifest = {
+                    "stage": self.name,
+                    "inputs": self.inputs,
+                    "seconds": self.seconds,
+                    "files": _sizes(self._partial),
+                    "checks": _checksums(self._partial),
+                }
                 write_json(self._partial / "manifest.json", manifest)
                 self._partial.rename(self.folder)
             if together:
                 barrier()
 
+    def _clear(self, *, resume: bool) -> None:
+        """Remove what cannot be gone on from: of a killed process, or a result that is damaged."""
+        if self.folder.is_dir():
+            found = damage(self.folder)
+            print(f"store: {'; '.join(found[:3])}: made again", file=sys.stderr)
+            if not resume:
+                shutil.rmtree(self.folder)
+            else:
+                shutil.rmtree(self._partial, ignore_errors=True)
+                for name in ("manifest.json", *_differing(self.folder)):
+                    (self.folder / name).unlink(missing_ok=True)
+                self.folder.rename(self._partial)
+        if not resume:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def damage(folder: Path, *, read: bool = False) -> list[str]:
+    """What is wrong with a finished result, a line a file; nothing if it is whole.
+
+    Args:
+        folder: The result's folder.
+        read: Read every file too, instead of looking at sizes alone.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        # Earlier versions listed no files; what they made is believed.
+        wanted, checks = dict(manifest.get("files", {})), dict(manifest.get("checks", {}))
+        manifest["inputs"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{folder / 'manifest.json'}: not a readable manifest ({type(error).__name__})"]
+    there = _sizes(folder)
+    found = [
+        f"{folder / name}: {there[name]} bytes instead of {size}"
+        if name in there
+        else f"{folder / name}: gone"
+        for name, size in wanted.items()
+        if there.get(name) != size
+    ]
+    if read and not found:
+        found = [
+            f"{folder / name}: altered"
+            for name in wanted
+            if not _sound(folder / name, checks.get(name))
+        ]
+    return found
+
+
+def _differing(folder: Path) -> list[str]:
+    """Names of files that have another size than the manifest says; all if it cannot be read."""
+    there = _sizes(folder)
+    try:
+        wanted = dict(json.loads((folder / "manifest.json").read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return list(there)
+    return [name for name, size in there.items() if wanted.get(name) != size]
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file in a folder and below, the manifest excepted, by its path in there."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        inside = Path(parent).relative_to(folder)
+        for name in names:
+            found[(inside / name).as_posix()] = os.stat(os.path.join(parent, name)).st_size
+    found.pop("manifest.json", None)
+    return dict(sorted(found.items()))
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    """Checksums of the files; an ``.npz`` has its own."""
+    return {
+        name: zlib.crc32((folder / name).read_bytes())
+        for name in _sizes(folder)
+        if not name.endswith(".npz")
+    }
+
+
+def _sound(path: Path, check: int | None) -> bool:
+    """Whether a file holds what was written: by its checksum, or as an ``.npz`` by its own."""
+    try:
+        if path.suffix == ".npz":
+            with ZipFile(path) as archive:
+                return archive.testzip() is None
+        return zlib.crc32(path.read_bytes()) == check
+    except Exception:  # of a dozen kinds, from the archive's parts
+        return False
+
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return sum(_sizes(folder).values())
 
 
 def results(root: Path) -> list[dict[str, Any]]:
@@ -108,19 +213,35 @@ def results(root: Path) -> list[dict[str, Any]]:
     """
     found = []
     for folder in root.glob("*/*/"):
-        manifest = folder / "manifest.json"
-        whole = manifest.is_file() and folder.suffix != ".partial"
+        whole = folder.suffix != ".partial" and not damage(folder)
+        inputs = json.loads((folder / "manifest.json").read_text())["inputs"] if whole else {}
         found.append(
             {
                 "folder": folder,
                 "stage": folder.parent.name,
                 "bytes": _size(folder),
                 "age": (time.time() - folder.stat().st_mtime) / 86400,
-                "inputs": json.loads(manifest.read_text())["inputs"] if whole else {},
+                "inputs": inputs,
                 "whole": whole,
             }
         )
     return sorted(found, key=lambda result: -result["bytes"])
+
+
+def verify(root: Path) -> dict[Path, list[str]]:
+    """Read everything that a store holds.
+
+    Args:
+        root: The store's folder.
+
+    Returns:
+        For each result, unfinished ones excepted, what is wrong with it; nothing where it is whole.
+    """
+    return {
+        folder: damage(folder, read=True)
+        for folder in sorted(root.glob("*/*/"))
+        if folder.suffix != ".partial"
+    }
 
 
 def prune(root: Path, *, stage: str | None = None, days: float = 0, partial: bool = False) -> int:

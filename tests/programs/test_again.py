@@ -219,3 +219,21 @@ def test_what_a_stage_is_known_by(tmp_path: Path) -> None:
     assert len(stages) == 2
     assert Stage(tmp_path, "maps", {}).key == Stage(tmp_path, "maps", {}, version=1).key
     assert Stage(tmp_path, "maps", {}).key != Stage(tmp_path, "maps", {}, version=2).key
+
+
+@pytest.mark.parametrize("stage", ["features", "centers", "maps", "scores"])
+def test_a_file_of_the_store_that_was_cut_is_made_again(program, root: Path, stage: str) -> None:
+    before = metrics(root)
+    (root / "infer" / "DONE.json").unlink()
+    harmed = [
+        max(folder.iterdir(), key=lambda file: (file.name != "manifest.json", file.name))
+        for folder in (root / "store" / stage).glob("*/")
+    ]
+    for path in harmed:
+        path.write_bytes(path.read_bytes()[:-20])
+    outcome = program("infer", *TINY, *TINY_INFER, *at(root, "infer"))
+    assert outcome.status == 0, outcome.stderr
+    assert harmed
+    assert "Traceback" not in outcome.stderr
+    assert "made again" in outcome.stderr
+    assert metrics(root) == pytest.approx(before)
