@@ -242,6 +242,8 @@ class Run:
 
     def _chosen(self, maps: Mapping[str, Mapping[str, Stage]]) -> dict[str, float]:
         """Background scores chosen on the training split, or the first where that has no maps."""
+        if "lpcam_plain" in maps:  # a map that is carried on keeps its background score
+            maps = {**maps, "lpcam": maps["lpcam_plain"]}
         found = next(iter(maps.values()))
         train = self.dataset.train_split
         split = train if train in found else next(iter(found))
