@@ -147,7 +147,8 @@ def _refuse_one_folder(overrides: Sequence[str]) -> None:
 def _sweep_name(arguments: Sequence[str]) -> str:
     """A folder name that is the same when the same sweep is started again."""
     overrides = [o for o in arguments if not o.startswith(("hydra", "-"))]
-    study = next((o.split("=")[1] for o in overrides if o.startswith("experiments=")), "sweep")
+    studies = next((o for o in overrides if o.startswith("experiments=")), "=sweep")
+    study = "-".join(re.findall(r"\w+", studies.split("=")[1]))  # one, or a list of several
     return f"{study}-{_short_hash(overrides)[:6]}"
 
 

@@ -188,6 +188,7 @@ def test_the_best_recipe_is_made_alike_from_pictures_and_from_kept_features(
     found = json.loads((copied / "first" / "metrics.json").read_text())
     assert {"val/cam/miou", "val/lpcam/miou", "val/lpcam_plain/miou"} <= found.keys()
     assert found["val/lpcam/miou"] != found["val/lpcam_plain/miou"]
+    assert found["val/lpcam/threshold"] == found["val/lpcam_plain/threshold"]
     assert list(copied.glob("store/finer/*/val_00001.npz"))
     first = {path.name: path.read_bytes() for path in copied.glob("first/maps/*.npz")}
     shutil.rmtree(copied / "store" / "maps")
