@@ -1,6 +1,5 @@
 """The stage of background scores that are chosen without masks."""
 
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,21 +40,20 @@ def backgrounds(
         for key in sorted(stages):
             folder = stack.enter_context(stages[key].build())
             if folder:
-                todo.append((folder, folders[key], np.zeros(STEPS + 1)))
-        adding = threading.Lock()
+                # A row a picture, so that the sum does not depend on which one was ready first.
+                todo.append((folder, folders[key], np.zeros((len(chosen), STEPS + 1))))
 
-        def look(picture: Picture) -> None:
-            image = open_picture(picture.path)
-            for _, source, total in todo:
-                found = parting(image, load_seed(source / f"{picture.id}.npz"))
+        def look(place: int) -> None:
+            image = open_picture(chosen[place].path)
+            for _, source, rows in todo:
+                found = parting(image, load_seed(source / f"{chosen[place].id}.npz"))
                 if found is not None:
-                    with adding:
-                        total += found
+                    rows[place] = found
 
         if todo:
-            for_each(look, chosen, "Choosing thresholds")
-        for folder, _, total in todo:
-            np.save(folder / "parted.npy", total)
+            for_each(look, range(len(chosen)), "Choosing thresholds")
+        for folder, _, rows in todo:
+            np.save(folder / "parted.npy", rows.sum(0))
     return {
         name: chosen_score(np.load(stages[stage.key].folder / "parted.npy", allow_pickle=False))
         for name, stage in maps.items()
