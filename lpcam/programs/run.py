@@ -241,17 +241,20 @@ class Run:
         return agree(self._chosen(maps) if is_main_process() else {})
 
     def _chosen(self, maps: Mapping[str, Mapping[str, Stage]]) -> dict[str, float]:
-        """Background scores chosen on the training split, or the first where that has no maps."""
+        """Background scores chosen from pictures."""
         if "lpcam_plain" in maps:  # a map that is carried on keeps its background score
             maps = {**maps, "lpcam": maps["lpcam_plain"]}
-        found = next(iter(maps.values()))
-        train = self.dataset.train_split
-        split = train if train in found else next(iter(found))
+        split = self._choosing_split(next(iter(maps.values())))
         return background_stage.backgrounds(
             self.store,
             {name: by_split[split] for name, by_split in maps.items()},
             self.dataset.pictures(split),
         )
+
+    def _choosing_split(self, by_split: Mapping[str, Stage]) -> str:
+        """The split that scores are chosen on: that of training, the first where it has no maps."""
+        train = self.dataset.train_split
+        return train if train in by_split else next(iter(by_split))
 
     def results(self) -> Results:
         """Run every stage that is not done; what is refined and scored belongs to one process."""
@@ -272,8 +275,14 @@ class Run:
             if found:
                 maps["refined"] = found
                 backgrounds["refined"] = self.refiner.background
-                if self.refiner.rule_of_thumb and self.choice.seed_background == "auto":
-                    backgrounds |= self._chosen({"refined": found})
+                if self.refiner.rule_of_thumb:
+                    split = self._choosing_split(found)
+                    backgrounds["refined"] = background_stage.matched_background(
+                        maps[self.refiner.source][split],
+                        found[split],
+                        self.dataset.pictures(split),
+                        backgrounds[self.refiner.source],
+                    )
         scored = scores(self.store, maps, self.dataset)
         metrics = {
             f"{split}/{name}/{key}": value

@@ -48,25 +48,30 @@ def explained_colour(image: Image.Image, seed: SeedRecord) -> np.ndarray | None:
     """
     if not len(seed.maps):
         return None
-    strongest = torch.from_numpy(seed.maps.astype(np.float32)).amax(0)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).double()
     colours = F.interpolate(
-        pixels[None], strongest.shape, mode="bilinear", antialias=True, align_corners=False
+        pixels[None], seed.maps.shape[1:], mode="bilinear", antialias=True, align_corners=False
     )[0].flatten(1)
     colours -= colours.mean(1, keepdim=True)
     variance = float((colours**2).sum())
     if variance == 0:
         return None
-    # A score with n thresholds below it is foreground at the first n of them.
-    level = (strongest * STEPS).ceil().clamp(0, STEPS + 1).long().flatten().numpy()
+    level = _levels(seed)
     sums = np.stack([np.bincount(level, row, STEPS + 2) for row in colours.numpy()])
-    inside = np.bincount(level, minlength=STEPS + 2)[:0:-1].cumsum()[::-1]
+    inside = _exceeding(level)
     total = sums[:, :0:-1].cumsum(1)[:, ::-1]
     outside = level.size - inside
     enough = np.minimum(inside, outside) >= LEAST * level.size
     # Both sides' sums cancel, for the colours' mean is 0.
     between = (total**2).sum(0) * level.size / np.maximum(inside * outside, 1)
     return np.where(enough, between / variance, 0)
+
+
+def foreground_shares(seed: SeedRecord) -> np.ndarray:
+    """Share of a picture that exceeds each of the background scores 0, 0.01, ..., 1: ``(101,)``."""
+    if not len(seed.maps):
+        return np.zeros(STEPS + 1)
+    return _exceeding(_levels(seed)) / seed.maps[0].size
 
 
 def chosen_score(parted: np.ndarray) -> float:
@@ -76,3 +81,14 @@ def chosen_score(parted: np.ndarray) -> float:
         parted: Sum over pictures of :func:`parting` ``(101,)``.
     """
     return int(parted.argmax()) / STEPS
+
+
+def _levels(seed: SeedRecord) -> np.ndarray:
+    """How many of the scores lie below the strongest map, cell by cell."""
+    strongest = seed.maps.astype(np.float32).max(0)
+    return np.clip(np.ceil(strongest * STEPS), 0, STEPS + 1).astype(np.int64).ravel()
+
+
+def _exceeding(level: np.ndarray) -> np.ndarray:
+    """Cells that exceed each score; one with n scores below it does so for the first n."""
+    return np.bincount(level, minlength=STEPS + 2)[:0:-1].cumsum()[::-1]

@@ -1,4 +1,4 @@
-"""The stage of background scores that are chosen without masks."""
+"""Background scores that are chosen without masks."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -8,7 +8,7 @@ import numpy as np
 
 from lpcam.data.dataset import Picture, fingerprint, open_picture
 from lpcam.seeds.record import load_seed
-from lpcam.seeds.threshold import STEPS, chosen_score, parting
+from lpcam.seeds.threshold import STEPS, chosen_score, foreground_shares, parting
 from lpcam.storage.parallel import for_each
 from lpcam.storage.store import Stage
 
@@ -58,3 +58,30 @@ def backgrounds(
         name: chosen_score(np.load(stages[stage.key].folder / "parted.npy", allow_pickle=False))
         for name, stage in maps.items()
     }
+
+
+def matched_background(
+    seeds: Stage, refined: Stage, pictures: Sequence[Picture], background: float
+) -> float:
+    """The background score of refined maps, for which as much is an object as of the maps before.
+
+    A refiner moves the edges of objects and may change the scale of scores, but objects stay as
+    large as they were.
+
+    Args:
+        seeds: The maps before.
+        refined: The maps after.
+        pictures: The pictures.
+        background: The background score of the maps before.
+    """
+    chosen = pictures[:: -(-len(pictures) // PICTURES)]
+    before, after = np.zeros((2, len(chosen), STEPS + 1))
+
+    def look(place: int) -> None:
+        for stage, rows in ((seeds, before), (refined, after)):
+            seed = load_seed(stage.folder / f"{chosen[place].id}.npz")
+            rows[place] = foreground_shares(seed) * seed.size[0] * seed.size[1]
+
+    for_each(look, range(len(chosen)), "Matching thresholds")
+    wanted = before.sum(0)[round(background * STEPS)]
+    return int(np.abs(after.sum(0) - wanted).argmin()) / STEPS

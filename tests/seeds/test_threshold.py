@@ -1,11 +1,22 @@
 """A background score that is chosen from maps and pictures alone."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from lpcam.seeds.record import SeedRecord
-from lpcam.seeds.threshold import LEAST, chosen_score, explained_colour, parting
+from lpcam.data.dataset import Picture
+from lpcam.seeds.record import SeedRecord, save_seed
+from lpcam.seeds.threshold import (
+    LEAST,
+    chosen_score,
+    explained_colour,
+    foreground_shares,
+    parting,
+)
+from lpcam.stages.backgrounds import matched_background
+from lpcam.storage.store import Stage
 
 
 def scene(rng, size=(60, 80)):
@@ -80,3 +91,29 @@ def test_pictures_count_alike():
     seed = record(np.where(truth, 0.7, 0.2)[::4, ::4])
     assert explained_colour(faint, seed).max() < explained_colour(image, seed).max()
     assert parting(faint, seed).max() == parting(image, seed).max() == 1
+
+
+def test_shares_are_counted_by_hand():
+    seed = SeedRecord(np.array([0, 1]), np.array([[[0, 0.3]], [[0.5, 0.1]]], np.float16), (4, 8))
+    shares = foreground_shares(seed)
+    assert shares[0] == shares[29] == 1
+    assert shares[31] == shares[49] == 0.5
+    assert shares[50] == 0
+    empty = SeedRecord(np.zeros(0, np.int64), np.zeros((0, 2, 2), np.float16), (8, 8))
+    assert not foreground_shares(empty).any()
+
+
+def test_refined_maps_keep_the_share_of_objects(tmp_path):
+    rng = np.random.default_rng(4)
+    stages = []
+    pictures = [Picture(f"p{i}", Path(f"p{i}.jpg"), (3,)) for i in range(7)]
+    maps = [rng.random((10, 12)) for _ in pictures]
+    for name, power in (("maps", 1), ("refined", 2)):
+        stage = Stage(tmp_path, name, {})
+        with stage.build() as folder:
+            for picture, values in zip(pictures, maps, strict=True):
+                save_seed(folder / f"{picture.id}.npz", record(values**power))
+        stages.append(stage)
+    # A map squared exceeds the square of a score where the map exceeds the score.
+    for score in (0.3, 0.6):
+        assert matched_background(*stages, pictures, score) == pytest.approx(score**2, abs=0.011)
