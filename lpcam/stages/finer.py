@@ -73,7 +73,9 @@ def read_finer(stage: Stage, image_id: str) -> Tensor:
     try:
         return torch.from_numpy(read_arrays(path)["stage"]).float()
     except DAMAGE as error:
-        raise InputError(f"{path}: not readable features ({error}); delete its folder") from error
+        raise InputError(
+            f"{path}: not readable features ({error}); lpcam store verify deletes them"
+        ) from error
 
 
 class _Stage(pl.LightningModule):
