@@ -136,8 +136,7 @@ def propagate(
 
     ``out(x) = sum_y softmax_y(s (cos(f(x), f(y)) + a cos(g(x), g(y)))) value(y)`` with the local
     features f, which know what is where, and those of an earlier and finer stage g, which know
-    where it ends. That is attention without a learnt part. Nothing of it is trained, and it reads
-    what the forward pass has computed anyway.
+    where it ends. That is attention without a learnt part. Nothing of it is trained.
 
     Positions x lie on the stage's grid, positions y on that of the features, where values and stage
     are averaged: a quarter of the products where one grid is twice as fine as the other.
