@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import numpy as np
 import pydantic
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from rich.progress import track
 from safetensors import safe_open
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from lpcam.errors import InputError
 from lpcam.prototypes.class_head import ClassHead
-from lpcam.prototypes.kmeans import CHUNK, single_precision, spherical_kmeans
+from lpcam.prototypes.kmeans import CHUNK, cosine_to_center, spherical_kmeans
 from lpcam.prototypes.local_features import Draw, LocalFeatures, draw_pictures, split_features
 from lpcam.prototypes.prototype_set import SIDES
 from lpcam.settings import CHECKED, Count, Seed, Share
@@ -112,7 +111,7 @@ def cluster(
     )
     counts = torch.bincount(result.labels[result.labels >= 0], minlength=k)
     places = torch.full((k, nearest, 3), -1, dtype=torch.int32)
-    cosine = _cosine_to_center(features.rows, result.centers, result.labels)
+    cosine = cosine_to_center(features.rows, result.centers, result.labels)
     for j in range(k):
         member = (result.labels == j).nonzero()[:, 0]
         seen: set[int] = set()
@@ -128,16 +127,6 @@ def cluster(
 def _with_direction(rows: Tensor) -> Tensor:
     """Which rows are not zero ``(N,)``; all at once would take a byte for each number."""
     return torch.cat([chunk.any(1) for chunk in rows.split(CHUNK)])
-
-
-def _cosine_to_center(rows: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
-    """Cosine ``(N,)`` of each row to the centre of its cluster."""
-    unit = F.normalize(centers, dim=1).T
-    cosine = centers.new_empty(len(rows))
-    for part, chunk in single_precision(rows):
-        product = (chunk @ unit).gather(1, labels[part, None].clamp_min(0))[:, 0]
-        cosine[part] = product / torch.linalg.vector_norm(chunk, dim=1).clamp_min(1e-12)
-    return cosine
 
 
 def fit_centers(

@@ -1,9 +1,11 @@
 """k-means with cosine assignment, as LPCAM uses it.
 
 Rows go to the centre of the largest cosine and a centre is the plain mean of its rows. That is
-norm-weighted spherical k-means: it never decreases ``sum_i |x_i| cos(x_i, centre of i)``. The row's
-own norm cannot change which centre is nearest, so an iteration is two matrix products, with no
-(N, k, D) temporary.
+norm-weighted spherical k-means: it never decreases ``sum_i |x_i| cos(x_i, centre of i)``.
+
+A row is read again only if its nearest centre may be another now: bounds on its angles to all
+centres, kept up by how far each centre has turned, tell (Elkan, "Using the triangle inequality to
+accelerate k-means", ICML 2003; angles between directions are distances too).
 """
 
 from collections.abc import Iterator
@@ -21,6 +23,8 @@ CHUNK = 1024
 ONCE = 2**27
 # Rows that torch.multinomial draws one of.
 DRAWN = 2**24
+# Radians by which bounds have to differ: more than what single precision makes of an angle.
+MARGIN = 1e-3
 
 
 @dataclass(frozen=True)
@@ -87,19 +91,22 @@ def spherical_kmeans(
             f"k={k} clusters need at least as many features, and there are {available}; lower k"
         )
     centers = _plus_plus(x, norm, k, seed, chunk_size) if init is None else init.float()
+    clusters = _Clusters(x, norm, k, chunk_size)
     converged = False
     n_iter = 0
     while n_iter < max_iter and not converged:
         n_iter += 1
-        new, labels, cosine = _step(x, norm, centers, chunk_size)
-        empty = (torch.bincount(labels[nonzero], minlength=k) == 0).nonzero()[:, 0]
+        new = clusters.assign(centers)
+        empty = (clusters.counts == 0).nonzero()[:, 0]
         if len(empty):
+            cosine = cosine_to_center(x, centers, clusters.labels)
             worst = torch.where(nonzero, cosine, torch.inf).topk(len(empty), largest=False).indices
             new[empty] = x[worst].float()
         movement = torch.linalg.vector_norm(new - centers, dim=1).sum()
         converged = bool(movement**2 < tol)
+        clusters.move(centers, new)
         centers = new
-    return KMeansResult(centers, labels, n_iter, converged)
+    return KMeansResult(centers, clusters.labels, n_iter, converged)
 
 
 def single_precision(x: Tensor, chunk_size: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:
@@ -122,22 +129,64 @@ def single_precision(x: Tensor, chunk_size: int = CHUNK) -> Iterator[tuple[slice
         yield part, rows if buffer is None else buffer[: len(rows)].copy_(rows)
 
 
-def _step(
-    x: Tensor, norm: Tensor, centers: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Assign and average in one read of the data: new centres, labels, cosine to the old centre."""
+class _Clusters:
+    """Which rows belong to which centre, their sums, and bounds that tell when that may change.
+
+    Args:
+        x: Rows ``(N, D)``.
+        norm: Their lengths ``(N,)``.
+        k: Number of clusters.
+        chunk_size: Rows read at a time.
+    """
+
+    def __init__(self, x: Tensor, norm: Tensor, k: int, chunk_size: int) -> None:
+        self.x, self.norm, self.chunk_size = x, norm, chunk_size
+        self.labels = torch.full_like(norm, -1, dtype=torch.int64)
+        self.sums = x.new_zeros(k, x.shape[1], dtype=torch.float64)
+        # The angle to the own centre is at most this, to the others at least that: nothing yet.
+        self.own = torch.where(norm > 0, 0, -torch.inf)
+        self.others = norm.new_zeros(len(x), k)
+
+    @property
+    def counts(self) -> Tensor:
+        """Rows of each cluster ``(k,)``."""
+        return torch.bincount(self.labels[self.labels >= 0], minlength=len(self.sums))
+
+    def assign(self, centers: Tensor) -> Tensor:
+        """Move rows to their nearest centres; the means of the rows ``(k, D)`` then."""
+        unit = F.normalize(centers, dim=1).T
+        clusters = torch.arange(len(centers), device=centers.device)
+        unsure = (self.own + MARGIN > self.others.amin(1)).nonzero()[:, 0]
+        for index in unsure.split(self.chunk_size) if len(unsure) else ():
+            whole = index[-1] - index[0] + 1 == len(index)
+            rows = self.x[index[0] : index[-1] + 1] if whole else self.x.index_select(0, index)
+            rows = rows.float()
+            angles = ((rows @ unit) / self.norm[index, None]).clamp_(-1, 1).acos_()
+            self.own[index], now = angles.min(1)
+            self.others[index] = angles.scatter_(1, now[:, None], torch.inf)
+            before = self.labels[index]
+            left = (now != before).nonzero()[:, 0]
+            joined = (now[left, None] == clusters).float()
+            self.sums += (joined - (before[left, None] == clusters).float()).T @ rows[left]
+            self.labels[index] = now
+        return (self.sums / self.counts.clamp_min(1)[:, None]).float()
+
+    def move(self, old: Tensor, new: Tensor) -> None:
+        """Let centres ``(k, D)`` go to where they are new, which widens the bounds."""
+        turn = F.normalize(new.double(), dim=1) - F.normalize(old.double(), dim=1)
+        angle = 2 * (torch.linalg.vector_norm(turn, dim=1) / 2).clamp_max(1).asin().float()
+        self.own += torch.where(self.labels >= 0, angle[self.labels], 0)
+        self.others -= angle
+
+
+def cosine_to_center(x: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
+    """Cosine ``(N,)`` of each row ``(N, D)`` to the centre of its cluster, one of ``(k, D)``."""
     unit = F.normalize(centers, dim=1).T
-    clusters = torch.arange(len(centers), device=x.device)
-    total, count = torch.zeros_like(centers), torch.zeros_like(centers[:, 0])
-    labels, cosine = norm.new_empty(len(x), dtype=torch.int64), torch.empty_like(norm)
-    for part, rows in single_precision(x, chunk_size):
-        best = (rows @ unit).max(1)
-        labels[part] = torch.where(norm[part] > 0, best.indices, -1)
-        cosine[part] = best.values / norm[part].clamp_min(1e-12)
-        member = (labels[part, None] == clusters).float()
-        total += member.T @ rows
-        count += member.sum(0)
-    return total / count.clamp_min(1)[:, None], labels, cosine
+    cosine = centers.new_empty(len(x))
+    for part, rows in single_precision(x):
+        product = (rows @ unit).gather(1, labels[part, None].clamp_min(0))[:, 0]
+        cosine[part] = product / torch.linalg.vector_norm(rows, dim=1).clamp_min(1e-12)
+    return cosine
 
 
 def _plus_plus(x: Tensor, norm: Tensor, k: int, seed: int, chunk_size: int) -> Tensor:

@@ -49,6 +49,21 @@ def test_same_clusters_as_the_slow_loop(seed: int, tol: float) -> None:
     assert result.converged
 
 
+@pytest.mark.parametrize("k", [3, 12])
+def test_rows_that_are_not_read_again_would_stay(k: int) -> None:
+    rows = positive_rows(k, count=600, channels=5)
+    init = rows[:k]
+    centres, labels, iterations = oracle.cosine_kmeans(rows, init, 1e-8, 200)
+    assert iterations > 7  # the last ones read few rows
+
+    result = spherical_kmeans(
+        torch.from_numpy(rows), k, init=torch.from_numpy(init), max_iter=200, tol=1e-8
+    )
+
+    np.testing.assert_array_equal(result.labels.numpy(), labels)
+    np.testing.assert_allclose(result.centers.numpy(), centres, rtol=1e-5, atol=1e-5)
+
+
 def test_by_hand() -> None:
     x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [0.0, 8.0]])
     init = torch.tensor([[10.0, 1.0], [0.1, 1.0]])
