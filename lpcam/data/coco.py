@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lpcam.data.dataset import (
     IGNORED,
+    Box,
     Classes,
     Picture,
     SegmentationDataset,
@@ -118,6 +119,25 @@ class COCO(SegmentationDataset):
                     f"be drawn ({type(error).__name__}: {error}); restore the file"
                 ) from error
         return mask
+
+    def boxes(self, picture: Picture) -> dict[int, list[Box]]:
+        """The annotated boxes by class, those of crowds left out."""
+        instances = self._load(picture.path.parent.name)
+        image = instances.images[picture.path.name]
+        found: dict[int, list[Box]] = {}
+        for item in self._annotations(instances, image):
+            label = instances.labels.get(item["category_id"])
+            if label is not None and not item.get("iscrowd"):
+                left, top, width, height = item["bbox"]
+                found.setdefault(label, []).append(
+                    (
+                        left / image["width"],
+                        top / image["height"],
+                        (left + width) / image["width"],
+                        (top + height) / image["height"],
+                    )
+                )
+        return found
 
     def mask_digest(self, picture: Picture) -> str:  # noqa: D102 - inherited
         instances = self._load(picture.path.parent.name)

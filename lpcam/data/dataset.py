@@ -13,6 +13,7 @@ import pydantic
 from PIL import ExifTags, Image, UnidentifiedImageError
 from pydantic import Field
 from rich.console import Console
+from scipy import ndimage
 
 from lpcam.errors import InputError
 from lpcam.settings import CHECKED, Names, Text
@@ -21,6 +22,7 @@ from lpcam.storage.ranks import is_main_process
 
 IGNORED = 255
 Classes = Annotated[Names, Field(min_length=2, max_length=IGNORED - 1)]
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,28 @@ class SegmentationDataset(ABC):
         for index, name in enumerate(self.classes):
             values[self.tree_classes.index(name) + 1] = index + 1
         return values[mask]
+
+    def boxes(self, picture: Picture) -> dict[int, list[Box]]:
+        """The true boxes of a picture's objects by class, for scoring only.
+
+        By default those around the connected parts of its mask.
+
+        Returns:
+            Left, top, right and bottom as shares of the picture's width and height; none for a
+            picture of which they are not known.
+        """
+        mask = self.mask(picture)
+        if mask is None:
+            return {}
+        height, width = mask.shape
+        found = {}
+        for index in np.unique(mask[(mask > 0) & (mask != IGNORED)]).tolist():
+            parts = ndimage.find_objects(ndimage.label(mask == index, np.ones((3, 3)))[0])
+            found[index - 1] = [
+                (x.start / width, y.start / height, x.stop / width, y.stop / height)
+                for y, x in parts
+            ]
+        return found
 
     def mask_digest(self, picture: Picture) -> str | None:
         """Hash of what :meth:`mask` gives, or None without a mask."""

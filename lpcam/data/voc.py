@@ -7,7 +7,15 @@ from typing import Any
 
 import pydantic
 
-from lpcam.data.dataset import Classes, Picture, SegmentationDataset, keep_labelled, known_classes
+from lpcam.data.dataset import (
+    Box,
+    Classes,
+    Picture,
+    SegmentationDataset,
+    keep_labelled,
+    known_classes,
+    open_image,
+)
 from lpcam.data.files import check_name, file_names, missing_files, read_lines
 from lpcam.errors import InputError
 from lpcam.settings import CHECKED, Text
@@ -124,16 +132,47 @@ class VOC(SegmentationDataset):
                 return path
         raise InputError(f"{candidates[0]}: no such split; {remedy}")
 
-    def _labels(self, path: Path) -> tuple[int, ...]:
+    def boxes(self, picture: Picture) -> dict[int, list[Box]]:
+        """The annotated boxes by class, those of difficult objects only if they give labels.
+
+        Raises:
+            InputError: The annotation cannot be read.
+        """
+        path = self.root / "Annotations" / f"{picture.id}.xml"
+        if not path.is_file():
+            return {}
+        with open_image(picture.path, decode=False) as image:
+            width, height = image.size
+        found: dict[int, list[Box]] = {}
+        for item in self._objects(path):
+            name = item.findtext("name", "")
+            if name in self.classes:
+                try:
+                    left, top, right, bottom = (
+                        float(item.findtext(f"bndbox/{side}", ""))
+                        for side in ("xmin", "ymin", "xmax", "ymax")
+                    )
+                except ValueError as error:
+                    raise InputError(f"{path}: an object without a box; restore it") from error
+                # VOC counts pixels from 1, and the last one belongs to the box.
+                box = ((left - 1) / width, (top - 1) / height, right / width, bottom / height)
+                found.setdefault(self.classes.index(name), []).append(box)
+        return found
+
+    def _objects(self, path: Path) -> list[ElementTree.Element]:
+        """The objects of an annotation file that give labels."""
         try:
             objects = list(ElementTree.parse(path).iter("object"))
         except (OSError, ElementTree.ParseError) as error:
             raise InputError(f"{path}: not a readable annotation ({error}); restore it") from error
-        names = {
-            item.findtext("name", "")
+        return [
+            item
             for item in objects
             if self.difficult or item.findtext("difficult", "0").strip() != "1"
-        }
+        ]
+
+    def _labels(self, path: Path) -> tuple[int, ...]:
+        names = {item.findtext("name", "") for item in self._objects(path)}
         unknown = names.difference(self.tree_classes)
         if unknown:
             raise InputError(f"{path}: unknown class {min(unknown)!r}; known: {self.tree_classes}")

@@ -25,6 +25,7 @@ class Options:
         seed: Of everything random, the data and the clusters excepted.
         num_workers: Processes that decode pictures.
         ckpt: A classifier's checkpoint.
+        localisation: Score maps as localisation too.
         report: Write the report; None for not in a sweep.
         shown_pictures: Ids of pictures to show in every run.
     """
@@ -36,6 +37,7 @@ class Options:
     seed: Seed = 0
     num_workers: Annotated[int, Field(ge=0, le=256)] = 1
     ckpt: Text | None = None
+    localisation: bool = False
     report: bool | None = None
     shown_pictures: Names | None = None
 

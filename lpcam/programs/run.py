@@ -27,6 +27,7 @@ from lpcam.stages import backgrounds as background_stage
 from lpcam.stages import centers as center_stage
 from lpcam.stages import maps as map_stage
 from lpcam.stages.features import FeatureLimit, features
+from lpcam.stages.localisation import localisation
 from lpcam.stages.refined import refined
 from lpcam.stages.scores import scores
 from lpcam.storage.hashing import digest
@@ -100,7 +101,8 @@ class Run:
         self.selection = settings(Selection, cfg.thresholds, cfg.prototypes)
         self.inference = settings(map_stage.Inference, cfg.inference)
         self.choice = settings(Choice, cfg.prototypes, cfg.thresholds, cfg.refiner)
-        shown = options(cfg).shown_pictures
+        chosen = options(cfg)
+        self.localisation = chosen.localisation
         self.make_trainer = trainer_maker(cfg.trainer)
         # What is wrong with its settings is told now, even where one of them is found later.
         self.refiner = self._refiner(0.5)
@@ -108,7 +110,7 @@ class Run:
         self.dataset = self.trained.dataset
         self.host: Host = self.trained.host
         # What they lack is told now, and not after the maps.
-        choose_pictures(self.dataset.pictures(self.dataset.map_splits[-1]), shown)
+        choose_pictures(self.dataset.pictures(self.dataset.map_splits[-1]), chosen.shown_pictures)
         if self.refiner:
             for split in self.dataset.map_splits:
                 self.refiner.inputs(self.dataset.pictures(split))
@@ -290,6 +292,8 @@ class Run:
             for split, result in by_split.items()
             for key, value in result.metrics(self.dataset.classes, backgrounds[name]).items()
         }
+        if self.localisation:
+            metrics |= localisation(self.store, maps, self.dataset)
         methods = {
             name: Method(
                 title,

@@ -196,6 +196,24 @@ def test_the_best_recipe_is_made_alike_from_pictures_and_from_kept_features(
     assert first == {path.name: path.read_bytes() for path in copied.glob("again/maps/*.npz")}
 
 
+def test_maps_are_scored_as_localisation_if_wanted(program, copied: Path) -> None:
+    assert program("infer", *TINY, *TINY_INFER, *at(copied)).status == 0
+    plain = metrics(copied, "run")
+    assert (
+        program("infer", *TINY, *TINY_INFER, *at(copied, "more"), "localisation=true").status == 0
+    )
+    more = metrics(copied, "more")
+    names = {
+        f"{split}/{name}/{metric}"
+        for split in ("train", "val")
+        for name in ("cam", "lpcam", "lpcam_class")
+        for metric in ("max_box_acc_v2", "pxap")
+    }
+    assert more.keys() - plain.keys() == names
+    assert all(0 < more[name] <= 1 for name in names)
+    assert all(more[name] == plain[name] for name in plain)
+
+
 def test_a_background_score_is_chosen_without_masks(program, copied: Path) -> None:
     run = (*TINY, *TINY_INFER, "report=false", "thresholds.seed_background=auto")
     assert program("infer", *run, "refiner=par", *at(copied, "chosen")).status == 0
