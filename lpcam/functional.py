@@ -130,6 +130,7 @@ def propagate(
     sharpness: float,
     stage_weight: float,
     own_share: float = 0.0,
+    beside: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
     block: int = 2**22,
 ) -> Tensor:
     """One step between a picture's own positions: each takes the mean of all, by likeness.
@@ -148,24 +149,31 @@ def propagate(
         sharpness: The s above; 0 makes every position the mean.
         stage_weight: The a above.
         own_share: How much of a value is that of :func:`own_prototype_maps`, before the step.
+        beside: Values, features and stage of further pictures whose positions y take part, such as
+            the frames of a video before and after this one.
         block: Pairs of positions at a time; bounds the memory.
 
     Returns:
         ``(V, h', w')``, in the precision of the values.
     """
-    coarse, fine = features.shape[1:], stage.shape[1:]
-    unit = F.normalize(features, dim=0)
-    keys = torch.cat([unit, stage_weight**0.5 * F.normalize(_averaged(stage, coarse), dim=0)])
-    here = F.normalize(_resized(unit, fine), dim=0)
-    queries = torch.cat([here, stage_weight**0.5 * F.normalize(stage, dim=0)]).flatten(1)
-    known = _averaged(values, coarse)
-    if own_share:
-        known = (1 - own_share) * known + own_share * own_prototype_maps(known, unit)
-    known = known.flatten(1).T
-    keys = sharpness * keys.flatten(1)
-    rows = max(block // keys.shape[1], 1)
+    root, fine = stage_weight**0.5, stage.shape[1:]
+    here = F.normalize(_resized(F.normalize(features, dim=0), fine), dim=0)
+    queries = torch.cat([here, root * F.normalize(stage, dim=0)]).flatten(1)
+    keys, known = [], []
+    for maps, local, early in ((values, features, stage), *beside):
+        coarse, unit = local.shape[1:], F.normalize(local, dim=0)
+        keys.append(torch.cat([unit, root * F.normalize(_averaged(early, coarse), dim=0)]))
+        averaged = _averaged(maps, coarse)
+        if own_share:
+            own = own_prototype_maps(averaged, unit)
+            averaged = (1 - own_share) * averaged + own_share * own
+        known.append(averaged.flatten(1).T)
+    all_keys = sharpness * torch.cat([key.flatten(1) for key in keys], 1)
+    all_known = torch.cat(known)
+    rows = max(block // all_keys.shape[1], 1)
     found = [
-        (part.T @ keys).softmax(1).to(known.dtype) @ known for part in queries.split(rows, dim=1)
+        (part.T @ all_keys).softmax(1).to(all_known.dtype) @ all_known
+        for part in queries.split(rows, dim=1)
     ]
     return torch.cat(found).T.unflatten(1, fine)
 

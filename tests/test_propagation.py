@@ -199,6 +199,37 @@ def test_the_library_propagates_too(fitted: LPCAM) -> None:
     assert not fitted.model.layer3._forward_hooks
 
 
+def test_positions_of_other_pictures_take_part_as_if_they_lay_beside() -> None:
+    generator = torch.Generator().manual_seed(5)
+    both, early = (torch.rand(d, 4, 6, generator=generator).double() for d in (7, 3))
+    values = torch.rand(2, 4, 6, generator=generator).double()
+    settings = {"sharpness": 4.0, "stage_weight": 1.5}
+    # A picture of twice the width, cut into two that see each other.
+    wanted = propagate(values, both, early, **settings)
+    left, right = (
+        [x[..., part] for x in (values, both, early)] for part in (slice(3), slice(3, 6))
+    )
+    torch.testing.assert_close(propagate(*left, beside=[right], **settings), wanted[..., :3])
+    torch.testing.assert_close(propagate(*right, beside=[left], **settings), wanted[..., 3:])
+
+
+def test_frames_of_a_video_meet(fitted: LPCAM) -> None:
+    frame = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(4))
+    labels = torch.tensor([[1, 0, 1]])
+    alone = fitted(frame, labels, propagate=3)
+    still = fitted(frame.repeat(4, 1, 1, 1), labels.repeat(4, 1), propagate=3, frames=2)
+    torch.testing.assert_close(still, alone.repeat(4, 1, 1, 1), rtol=0, atol=1e-5)
+
+    others = torch.randn(3, 3, 64, 96, generator=torch.Generator().manual_seed(4)).flip(0)
+    clip, shown = torch.cat([frame, others]), labels.repeat(4, 1)
+    one = fitted(clip, shown, propagate=3, frames=1)
+    assert not torch.allclose(one, fitted(clip, shown, propagate=3), atol=1e-3)
+    # Frame 0 sees frame 1 alone.
+    torch.testing.assert_close(one[0], fitted(clip[:2], shown[:2], propagate=3, frames=1)[0])
+    with pytest.raises(InputError, match=r"^frames=1: give a number of frames, and propagate=3"):
+        fitted(clip, shown, frames=1)
+
+
 def test_what_cannot_propagate_says_so(fitted: LPCAM) -> None:
     images = torch.randn(1, 3, 64, 96)
     with pytest.raises(InputError, match=r"^propagate=-1: give a sharpness"):

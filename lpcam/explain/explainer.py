@@ -246,6 +246,7 @@ class LPCAM:
         views: Views = SINGLE_VIEW,
         aggregate: str = "mean",
         propagate: float = 0.0,
+        frames: int = 0,
     ) -> Tensor:
         """Maps of all asked classes, from one forward pass a scale.
 
@@ -260,6 +261,8 @@ class LPCAM:
             propagate: Sharpness of a step between each picture's own positions, which carries the
                 maps to the edges of objects, see :func:`~lpcam.functional.propagate`; 3 is good, 0
                 is no such step. Part of one more forward pass is its cost.
+            frames: Of a video, pictures before and after each whose positions take part in that
+                step: the pictures are its frames in order. Maps then flicker less.
 
         Returns:
             ``(B, C, H, W)`` in 0..1; zero for a class that is not asked for, or not fitted.
@@ -268,7 +271,8 @@ class LPCAM:
             InputError: Nothing is fitted, an argument has a wrong shape or value, the maps would
                 take more than 8 GB, or the model has no finer layer to propagate by.
         """
-        return self._maps(images, labels, views, [self._lpcam(aggregate)], propagate)[0]
+        heads = [self._lpcam(aggregate)]
+        return self._maps(images, labels, views, heads, propagate, frames)[0]
 
     def compare(
         self,
@@ -338,11 +342,16 @@ class LPCAM:
         views: Views,
         heads: Sequence[Callable[[Tensor, Tensor], Tensor]],
         sharpness: float = 0.0,
+        frames: int = 0,
     ) -> list[Tensor]:
         """Maps ``(B, C, H, W)`` of several heads from the same forward passes."""
         check_pictures(images)
         if not 0 <= sharpness <= 100:
             raise InputError(f"propagate={sharpness}: give a sharpness in 0..100")
+        if frames < 0 or (frames and not sharpness):
+            raise InputError(
+                f"frames={frames}: give a number of frames, and propagate=3 by which they meet"
+            )
         weight = self.layers.weight
         if labels is None:
             asked = torch.zeros(len(images), len(weight), dtype=torch.bool)
@@ -350,19 +359,8 @@ class LPCAM:
         else:
             asked = self._multi_hot(labels, len(images))
         views = list(views)
-        # Those of all classes are returned. Those asked for exist twice a scale while scales are
-        # added, and three times while they are normalised.
         factors = sorted({scale for scale, _ in views})
-        scales = len(factors)
-        count = len(heads) * asked.numel() + int(asked.sum()) * (2 * scales + 1)
-        size = weight.element_size() * count * images.shape[2] * images.shape[3]
-        if size > MAX_BYTES:
-            shape = " x ".join(str(side) for side in (*asked.shape, *images.shape[2:]))
-            raise InputError(
-                f"images: maps of {shape} (pictures, classes, height, width) take "
-                f"{size / 1e9:.1f} GB of memory, the bound is {MAX_BYTES / 1e9:g}; give fewer "
-                "pictures a call, smaller ones (--side), or a model with fewer classes"
-            )
+        self._check_memory(asked, len(heads), len(factors), (images.shape[2], images.shape[3]))
         asked = asked.to(weight.device)
         maps = [weight.new_zeros(*asked.shape, *images.shape[2:]) for _ in heads]
         present = asked.any(0).nonzero()[:, 0]
@@ -379,8 +377,22 @@ class LPCAM:
         for full, found in zip(maps, by_scale, strict=True):
             full[asked] = normalize_maps(merge_scales(found, (images.shape[2], images.shape[3])))
             if sharpness:
-                self._propagate(full, asked, images, from_scale_one(added, factors), sharpness)
+                used = from_scale_one(added, factors)
+                self._propagate(full, asked, images, used, Propagation(sharpness), frames)
         return maps
+
+    def _check_memory(self, asked: Tensor, heads: int, scales: int, size: tuple[int, int]) -> None:
+        # Those of all classes are returned. Those asked for exist twice a scale while scales are
+        # added, and three times while they are normalised.
+        count = heads * asked.numel() + int(asked.sum()) * (2 * scales + 1)
+        total = self.layers.weight.element_size() * count * size[0] * size[1]
+        if total > MAX_BYTES:
+            shape = " x ".join(str(side) for side in (*asked.shape, *size))
+            raise InputError(
+                f"images: maps of {shape} (pictures, classes, height, width) take "
+                f"{total / 1e9:.1f} GB of memory, the bound is {MAX_BYTES / 1e9:g}; give fewer "
+                "pictures a call, smaller ones (--side), or a model with fewer classes"
+            )
 
     def _propagate(
         self,
@@ -388,7 +400,8 @@ class LPCAM:
         asked: Tensor,
         images: Tensor,
         added: Sequence[Tensor],
-        sharpness: float,
+        step: Propagation,
+        frames: int,
     ) -> None:
         """Carry maps ``(B, C, H, W)`` on, in place.
 
@@ -397,16 +410,24 @@ class LPCAM:
             asked: Which of them are wanted ``(B, C)`` bool.
             images: The pictures.
             added: Features of scale 1 and the larger ones, views added ``(B, D, h, w)``.
-            sharpness: Of the step.
+            step: How.
+            frames: Pictures before and after each that take part.
         """
         if self._finer is None:
             self._finer = find_finer_layer(self.model, self.layers, images)
         images = images.to(self.layers.classifier.weight)
         stages = finer_features(self.model, self._finer, images)
-        step = Propagation(sharpness)
-        for picture, shown, stage, *features in zip(maps, asked, stages, *added, strict=True):
-            if shown.any():
-                picture[shown] = spread(picture[shown], features, stage, step, picture.shape[1:])
+        features = list(zip(*added, strict=True))
+        before = maps.clone() if frames else maps
+        for place, shown in enumerate(asked):
+            if not shown.any():
+                continue
+            near = range(max(place - frames, 0), min(place + frames + 1, len(maps)))
+            here, *beside = (
+                (before[other, shown], features[other], stages[other])
+                for other in sorted(near, key=lambda other: other != place)
+            )
+            maps[place, shown] = spread(*here, step, maps.shape[2:], beside=beside)
 
     def _lpcam(self, aggregate: str) -> Callable[[Tensor, Tensor], Tensor]:
         head = self.head

@@ -101,6 +101,7 @@ def spread(
     step: Propagation,
     size: Sequence[int],
     eps: float = 1e-5,
+    beside: Sequence[tuple[Tensor, Sequence[Tensor], Tensor]] = (),
 ) -> Tensor:
     """One picture's maps after the step, from 0 to 1 again.
 
@@ -112,16 +113,25 @@ def spread(
         step: How.
         size: Rows and columns of the result.
         eps: Added to the maximum that each map is divided by, after its minimum is subtracted.
+        beside: Values, features and stage of further pictures, see
+            :func:`~lpcam.functional.propagate`.
 
     Returns:
         ``(V, *size)``.
     """
-    grid = features[0].shape[1:]
-    units = [F.normalize(scale.float(), dim=0)[None] for scale in features]
-    mean = torch.cat([F.interpolate(unit, grid, mode="bilinear") for unit in units]).mean(0)
-    carried = propagate(values, mean, stage.to(mean), **asdict(step))
+    first, *others = (
+        (v, _mean_unit(f), s.float()) for v, f, s in ((values, features, stage), *beside)
+    )
+    carried = propagate(*first, beside=others, **asdict(step))
     carried = normalize_maps(carried - carried.amin((1, 2), keepdim=True), eps)
     return F.interpolate(carried[None], list(size), mode="bilinear")[0]
+
+
+def _mean_unit(features: Sequence[Tensor]) -> Tensor:
+    """Mean of unit features of several scales, on the grid of the first ``(D, h, w)``."""
+    grid = features[0].shape[1:]
+    units = [F.normalize(scale.float(), dim=0)[None] for scale in features]
+    return torch.cat([F.interpolate(unit, grid, mode="bilinear") for unit in units]).mean(0)
 
 
 class MapMaker(nn.Module):
