@@ -250,10 +250,11 @@ class MCTformer(Host):
             state["pos_embed"] = torch.cat(
                 [state.pop("pos_embed_cls"), state.pop("pos_embed_pat")], 1
             )
-        embed = self.backbone.network.patch_embed
-        state["pos_embed"] = resample_abs_pos_embed(
-            state["pos_embed"], embed.grid_size, num_prefix_tokens=state["cls_token"].shape[1]
-        )
+        network, classes = self.backbone.network, state["cls_token"].shape[1]
+        if state["pos_embed"].shape[1] != classes + network.patch_embed.num_patches:
+            state["pos_embed"] = resample_abs_pos_embed(
+                state["pos_embed"], network.patch_embed.grid_size, num_prefix_tokens=classes
+            )
         renamed = {
             name if name.startswith("head.") else f"backbone.network.{name}": value
             for name, value in state.items()
