@@ -6,6 +6,7 @@ step between positions; every fourth picture of train is scored. Nothing here us
 score. Prints points of mIoU; a second number is the difference to the paper's way.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 from lpcam.data.dataset import Picture, multi_hot
 from lpcam.evaluation import SegmentationScore
 from lpcam.functional import class_activation_map, normalize_maps
-from lpcam.programs.folders import CONF
+from lpcam.programs.folders import CONF, PROJECT
 from lpcam.programs.run import Run
 from lpcam.prototypes.kmeans import spherical_kmeans
 from lpcam.prototypes.selection import class_score
@@ -42,6 +43,7 @@ class Study:
     """
 
     def __init__(self, overrides: list[str]) -> None:
+        os.environ["LPCAM_PROJECT"] = str(PROJECT)
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("infer", [*overrides, "logger=none", "paths.output=outputs/choices"])
         OmegaConf.resolve(config)

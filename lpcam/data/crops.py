@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import create_transform
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -28,6 +29,32 @@ def by_factor(factors: Sequence[float]) -> DrawScale:
     """A random factor in a range."""
     low, high = factors
     return lambda size: low + (high - low) * float(torch.rand(()))
+
+
+def deit_augmentation(
+    mean: Sequence[float], std: Sequence[float], *, crop: int
+) -> Callable[[Image.Image], Tensor]:
+    """What DeiT is trained with: a crop of random area and shape, RandAugment, random erasing.
+
+    Args:
+        mean: Per-channel mean.
+        std: Per-channel standard deviation.
+        crop: Side of the square in pixels.
+
+    Returns:
+        Makes ``(3, crop, crop)`` of an RGB picture.
+    """
+    transform: Any = create_transform(
+        crop,
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+    return transform
 
 
 class _CellCrop(v2.RandomCrop):

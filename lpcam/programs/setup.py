@@ -1,8 +1,8 @@
 """Data set and host of a config, before and after training."""
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,12 @@ class Network:
     Attributes:
         name: See :func:`~lpcam.models.backbones.build_backbone`.
         weights: Likewise.
+        options: Likewise.
     """
 
     name: Text
     weights: Text | None = None
+    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
 
 def set_up(cfg: DictConfig) -> Setup:
@@ -81,8 +83,8 @@ def set_up(cfg: DictConfig) -> Setup:
     fitting = settings(Fitting, cfg.classifier)
     network = settings(Network, cfg.backbone)
     pl.seed_everything(cfg.seed, verbose=False)
-    backbone = build_backbone(network.name, network.weights)
-    shared = {field.name for field in fields(Fitting)}
+    backbone = build_backbone(network.name, network.weights, network.options)
+    shared = {known.name for known in fields(Fitting)}
     host: Host = build(cfg.classifier, backbone, len(dataset.classes), without=shared)
     host.precision = precision = str(cfg.trainer.precision)
     dataset.prepare()  # after every value is checked, for it may take minutes

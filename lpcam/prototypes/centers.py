@@ -1,6 +1,6 @@
 """Clustering: the centres of each class's local features (section 3.2 of the paper)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lpcam.errors import InputError
 from lpcam.prototypes.class_head import ClassHead
+from lpcam.prototypes.head import transform
 from lpcam.prototypes.kmeans import CHUNK, cosine_to_center, spherical_kmeans
 from lpcam.prototypes.local_features import Draw, LocalFeatures, draw_pictures, split_features
 from lpcam.prototypes.prototype_set import SIDES
@@ -32,21 +33,27 @@ class Centers:
         counts: Features in each cluster ``(C, 2, K)``; 0 where there is no cluster.
         nearest: The features nearest to each centre, best first, at most one a picture:
             ``(C, 2, K, n, 3)`` picture index, grid row, grid column; -1 where there is none.
+        signed: What was done to the features first, see :class:`Clustering`.
+        mean: What ``center`` subtracted ``(D,)``; None otherwise.
     """
 
     centers: Tensor
     counts: Tensor
     nearest: Tensor
+    signed: str = "keep"
+    mean: Tensor | None = None
 
     def save(self, path: Path) -> None:
         """Write a safetensors file."""
-        save_file({k: v.contiguous() for k, v in vars(self).items()}, path)
+        tensors = {k: v.contiguous() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        save_file(tensors, path, {"signed": self.signed})
 
     @classmethod
     def load(cls, path: Path) -> "Centers":
         """Read what :meth:`save` wrote."""
         with safe_open(path, "pt") as file:
-            return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(**tensors, signed=(file.metadata() or {}).get("signed", "keep"))
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
@@ -59,6 +66,10 @@ class Clustering:
         split: Which map that is: ``single_view``, of the features themselves as in the paper, or
             ``multi_scale``, see :func:`~lpcam.prototypes.maps.sampled_maps`, as in the published
             code.
+        signed: What happens to features that may be negative, see
+            :func:`~lpcam.prototypes.head.transform`; ``center`` subtracts the mean over the
+            clustered pictures of their mean features. The split uses them as they are; the score of
+            a centre is that of the centre of transformed features.
         init: Where k-means starts: ``k-means++``, or ``random`` features as in the published code.
         tol: See :func:`~lpcam.prototypes.kmeans.spherical_kmeans`.
         max_iter: Upper bound on its iterations.
@@ -70,6 +81,7 @@ class Clustering:
     k: Count = 12
     activation: Share = 0.1
     split: Literal["single_view", "multi_scale"] = "single_view"
+    signed: Literal["keep", "relu", "center"] = "keep"
     init: Literal["k-means++", "random"] = "k-means++"
     tol: Annotated[float, Field(ge=0)] = 1e-4
     max_iter: Count = 100
@@ -129,6 +141,12 @@ def _with_direction(rows: Tensor) -> Tensor:
     return torch.cat([chunk.any(1) for chunk in rows.split(CHUNK)])
 
 
+def _mean_feature(read: Callable[[int], np.ndarray], pictures: Collection[int]) -> Tensor:
+    """The mean ``(D,)`` over pictures of their mean features."""
+    means = [read(index).mean((0, 1), dtype=np.float64) for index in sorted(pictures)]
+    return torch.from_numpy(np.mean(means, 0)).float()
+
+
 def fit_centers(
     read: Callable[[int], np.ndarray],
     labels: np.ndarray,
@@ -139,7 +157,6 @@ def fit_centers(
     dim: int,
     read_map: Callable[[int, int], np.ndarray] | None = None,
     chosen: Sequence[Sequence[int]] | None = None,
-    transform: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> Centers:
     """Collect and cluster, class by class (section 3.2 of the paper).
@@ -156,7 +173,6 @@ def fit_centers(
         read_map: Gives a picture's map of a class by both indices, in the place of the head's; see
             :func:`~lpcam.prototypes.local_features.split_features`.
         chosen: For each class the pictures to use; by default all that show it.
-        transform: See :func:`~lpcam.prototypes.local_features.split_features`.
         progress: Show a bar.
 
     Raises:
@@ -169,6 +185,8 @@ def fit_centers(
     nearest = torch.full((len(classes), 2, k, 6, 3), -1, dtype=torch.int32)
     if chosen is None:
         chosen = draw_pictures(labels, Draw())
+    signed = settings.signed
+    mean = _mean_feature(read, set().union(*chosen)) if signed == "center" else None
 
     def fit_class(c: int) -> None:
         # A function, so that the features are gone before those of the next class come.
@@ -178,7 +196,7 @@ def fit_centers(
             head,
             c,
             settings.activation,
-            transform=transform,
+            transform=None if signed == "keep" else lambda rows: transform(rows, signed, mean),
             read_map=None if read_map is None else lambda index: read_map(index, c),
             strict=settings.split == "multi_scale",
         )
@@ -204,4 +222,4 @@ def fit_centers(
                 f"class {name!r} has no picture to learn prototypes from; "
                 "add some or set prototypes.allow_missing=true"
             )
-    return Centers(centers, counts, nearest)
+    return Centers(centers, counts, nearest, signed, mean)

@@ -1,9 +1,10 @@
 """From the views of a batch to maps: of any number of settings at once, over scales and mirrors."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from lpcam.functional import (
     normalize_maps,
     propagate,
 )
+from lpcam.prototypes.head import transform
 from lpcam.prototypes.prototype_set import Prototypes
 from lpcam.seeds.record import grid_size
 
@@ -26,7 +28,7 @@ class HostViews(NamedTuple):
 
     Attributes:
         features: Local features of V mirrored views ``(V, B, D, h, w)``, mirrored back. LPCAM reads
-            only their sum.
+            only their mean.
         maps: The host's own maps of them, not negative ``(V, B, C, h, w)``. Those of classes that a
             picture's labels do not name may be zero. None where only LPCAM's are made of it.
         extra: Whatever else the host needs to finish LPCAM's maps.
@@ -66,11 +68,15 @@ class MapSetting:
         offset: Added to LPCAM's signed map; 1 when there are only context prototypes, which makes
             the map ``1 - mean cosine to the context``.
         propagation: What follows on LPCAM's map; None for nothing.
+        signed: What is done to features first, see :func:`~lpcam.prototypes.head.transform`.
+        mean: What ``center`` subtracts ``(D,)``.
     """
 
     directions: Tensor | None = None
     offset: float = 0.0
     propagation: Propagation | None = None
+    signed: str = "keep"
+    mean: Tensor | None = None
 
 
 def lpcam_setting(
@@ -78,7 +84,13 @@ def lpcam_setting(
 ) -> MapSetting:
     """LPCAM with the prototypes of ``class``, of ``context`` or of ``both``."""
     # Without class prototypes the map is 1 - mean cosine to the context: how unlike it is.
-    return MapSetting(prototypes.directions(use), 1.0 if use == "context" else 0.0, propagation)
+    return MapSetting(
+        prototypes.directions(use),
+        1.0 if use == "context" else 0.0,
+        propagation,
+        prototypes.settings.get("signed", "keep"),
+        prototypes.mean,
+    )
 
 
 def from_scale_one(scales: Sequence[T], factors: Sequence[float]) -> Sequence[T]:
@@ -137,8 +149,8 @@ def _mean_unit(features: Sequence[Tensor]) -> Tensor:
 class MapMaker(nn.Module):
     """Makes maps of any number of settings from the same views.
 
-    All directions are stacked into one matrix: M settings cost one product, not M passes. Features
-    of a picture and its mirror image are added before LPCAM's cosine; a host's own maps are added.
+    All directions are stacked into one matrix: M settings cost one product, not M passes. Of a
+    picture and its mirror image LPCAM takes the mean features; a host's own maps are added.
     Scales are added on the stride-4 grid, and each sum is divided by its maximum.
 
     Args:
@@ -146,7 +158,7 @@ class MapMaker(nn.Module):
         eps: Added to the maximum that an LPCAM map is divided by; a host's own has 1e-5.
         factors: The factor of each scale on the picture's size, ascending; where a setting
             propagates.
-        rounded: Round the sum of features to half precision first, as it is kept in the store, so
+        rounded: Round the mean features to half precision first, as it is kept in the store, so
             that maps are the same whether made now or later from there.
     """
 
@@ -166,13 +178,20 @@ class MapMaker(nn.Module):
         self.eps = eps
         self.factors = tuple(factors)
         self.rounded = rounded
-        directions = [s.directions for s in settings if s.directions is not None]
+        fitted = [setting for setting in settings if setting.directions is not None]
+        directions = [s.directions for s in fitted if s.directions is not None]
+        # Which settings do the same to features, and what.
+        self._alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for row, setting in enumerate(fitted):
+            mean = None if setting.mean is None else tuple(setting.mean.tolist())
+            self._alike[setting.signed, mean].append(row)
+        self._means = [fitted[rows[0]].mean for rows in self._alike.values()]
         stacked = torch.stack(directions) if directions else torch.zeros(0)
         # In single precision the last bits of a product, and of resizing, depend on how many maps
         # are stacked, and with them which way a value is rounded on disk: a setting would not give
         # the same file alone and in a sweep.
         self.register_buffer("directions", stacked.double(), persistent=False)
-        offsets = torch.tensor([s.offset for s in settings if s.directions is not None])
+        offsets = torch.tensor([setting.offset for setting in fitted])
         self.register_buffer(
             "offsets", offsets.double()[:, None, None, None, None], persistent=False
         )
@@ -214,7 +233,7 @@ class MapMaker(nn.Module):
             if views.maps is not None:
                 host.append(views.maps.sum(0)[:, present][wanted].to(self.offsets.dtype))
             if len(self.offsets):
-                maps = self._fitted(views.features.sum(0), present)
+                maps = self._fitted(views.features.mean(0), present)
                 fitted.append((finish(maps, views, present) if finish else maps)[:, wanted])
         made: Iterator[Tensor] = iter([])
         if fitted:
@@ -250,7 +269,7 @@ class MapMaker(nn.Module):
             part = slice(start, start := start + count)
             if not count:
                 continue
-            used = [views.features[:, b].sum(0) for views in from_scale_one(scales, self.factors)]
+            used = [views.features[:, b].mean(0) for views in from_scale_one(scales, self.factors)]
             if self.rounded:
                 used = [features.half() for features in used]
             for kind in {propagation for propagation in fitted if propagation}:
@@ -265,9 +284,17 @@ class MapMaker(nn.Module):
         if self.rounded:
             features = features.half()
         directions = self.directions[:, present]
-        signed = local_prototype_map(features.to(directions.dtype), directions.flatten(0, 1))
-        signed = signed.unflatten(1, directions.shape[:2]).transpose(0, 1)
-        return (signed + self.offsets).relu()
+        features = features.to(directions.dtype)
+        found = features.new_empty(
+            len(directions), len(features), len(present), *features.shape[2:]
+        )
+        for (signed, _), mean, rows in zip(
+            self._alike, self._means, self._alike.values(), strict=True
+        ):
+            moved = transform(features.movedim(1, -1), signed, mean).movedim(-1, 1)
+            maps = local_prototype_map(moved, directions[rows].flatten(0, 1))
+            found[rows] = maps.unflatten(1, (len(rows), len(present))).transpose(0, 1)
+        return (found + self.offsets).relu()
 
 
 def sampled_maps(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

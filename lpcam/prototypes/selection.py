@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch import Tensor
 from lpcam.errors import InputError
 from lpcam.prototypes.centers import Centers, Clustering, fit_centers
 from lpcam.prototypes.class_head import ClassHead, LinearHead
-from lpcam.prototypes.head import transform
 from lpcam.prototypes.prototype_set import Prototypes
 from lpcam.settings import CHECKED, Share
 
@@ -117,7 +115,14 @@ def select(
         kept.append(foreground[keep])
         kept_context.append(context[keep_context])
         indices.append((keep.nonzero()[:, 0].tolist(), keep_context.nonzero()[:, 0].tolist()))
-    return Prototypes(tuple(classes), tuple(kept), tuple(kept_context), tuple(indices))
+    return Prototypes(
+        tuple(classes),
+        tuple(kept),
+        tuple(kept_context),
+        tuple(indices),
+        settings={"signed": centers.signed},
+        mean=centers.mean,
+    )
 
 
 def fit_prototypes(
@@ -129,7 +134,6 @@ def fit_prototypes(
     selection: Selection,
     *,
     dim: int,
-    signed: str,
     progress: bool = False,
 ) -> tuple[Centers, Prototypes]:
     """Collect, cluster and select with one set of settings.
@@ -142,27 +146,10 @@ def fit_prototypes(
         clustering: How features are split and clustered.
         selection: Which centres are kept.
         dim: Channels D of the features.
-        signed: What happens to features that may be negative, see
-            :func:`~lpcam.prototypes.head.transform`. The split uses them as they are; the score of
-            a centre is that of the centre of transformed features.
         progress: Show a bar.
 
     Returns:
         All centres, and the prototypes among them.
     """
-    mean = None
-    if signed == "center":
-        shown = np.flatnonzero(labels.any(1)).tolist()
-        means = [read(index).mean((0, 1), dtype=np.float64) for index in shown]
-        mean = torch.from_numpy(np.mean(means, 0)).float()
-    centers = fit_centers(
-        read,
-        labels,
-        head,
-        classes,
-        clustering,
-        dim=dim,
-        transform=None if signed == "keep" else lambda rows: transform(rows, signed, mean),
-        progress=progress,
-    )
-    return centers, replace(select(centers, head, classes, selection), mean=mean)
+    centers = fit_centers(read, labels, head, classes, clustering, dim=dim, progress=progress)
+    return centers, select(centers, head, classes, selection)

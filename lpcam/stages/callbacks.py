@@ -124,7 +124,7 @@ class LPCAMCallback(BasePredictionWriter):
             stages = [read_finer(self.finer, image_id) for image_id in batch["ids"]]
         maps = self.maker(prediction, labels, batch["size"], pl_module.finish, stages)
         if self.kept is not None:
-            halves = [views.features.sum(0).half().cpu().numpy() for views in prediction]
+            halves = [views.features.mean(0).half().cpu().numpy() for views in prediction]
             self._writing.call(_write_features, self.kept, batch["ids"], halves)
         halved = [found.half().cpu() for found in maps]
         size = batch["size"]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -13,7 +13,7 @@ from pydantic import Field
 from pytorch_lightning.callbacks import LearningRateMonitor
 from torch import Tensor
 
-from lpcam.data.crops import RandomCrop, by_long_side
+from lpcam.data.crops import RandomCrop, by_long_side, deit_augmentation
 from lpcam.data.dataset import SegmentationDataset, fingerprint, multi_hot
 from lpcam.data.loaders import pooled_loader, train_loader
 from lpcam.errors import InputError
@@ -40,6 +40,8 @@ class Fitting:
         batch_size: Pictures a step.
         long_side: Range in pixels that a picture's longer side is resized to; unused when frozen.
         crop: Side of the square crop in pixels; unused when frozen.
+        augment: What is learnt from: ``crop``, a random one at a random scale, or ``deit``, see
+            :func:`~lpcam.data.crops.deit_augmentation`.
     """
 
     epochs: Count
@@ -47,6 +49,7 @@ class Fitting:
     batch_size: Count
     long_side: Pair[Side] | None = None
     crop: Side | None = None
+    augment: Literal["crop", "deit"] = "crop"
 
 
 def classifier_stage(
@@ -182,14 +185,15 @@ def _picture_loaders(
     dataset: SegmentationDataset, host: Host, fitting: Fitting, num_workers: int, processes: int
 ) -> tuple[Any, Any]:
     """Crops of both splits in batches: random ones to learn from, whole pictures to validate on."""
-    if fitting.long_side is None or fitting.crop is None:
+    if fitting.crop is None or (fitting.augment == "crop" and fitting.long_side is None):
         raise InputError("classifier.crop and classifier.long_side: needed to fine-tune")
+    norm = (host.backbone.mean, host.backbone.std)
     crop = RandomCrop(
-        host.backbone.mean,
-        host.backbone.std,
-        scale=by_long_side(fitting.long_side),
-        crop=fitting.crop,
+        *norm, scale=by_long_side(fitting.long_side or (fitting.crop,) * 2), crop=fitting.crop
     )
+    augment: Callable[[Image.Image], Tensor] = crop
+    if fitting.augment == "deit":
+        augment = deit_augmentation(*norm, crop=fitting.crop)
     size = per_process(fitting.batch_size, processes, "classifier.batch_size")
 
     def loader(split: str, transform: Callable[[Image.Image], Tensor], *, shuffle: bool) -> Any:
@@ -203,6 +207,6 @@ def _picture_loaders(
         )
 
     return (
-        loader(dataset.train_split, crop, shuffle=True),
+        loader(dataset.train_split, augment, shuffle=True),
         loader(dataset.val_split, crop.whole, shuffle=False),
     )

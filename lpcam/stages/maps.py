@@ -96,7 +96,7 @@ def maps(
         for name, setting in settings.items()
     }
     distinct = {stages[name].key: name for name in settings}
-    views = Stage(store, "views", common)
+    views = Stage(store, "views", common, version=2)
     with ExitStack() as stack:
         missing: dict[Path, MapSetting] = {}
         for key in sorted(distinct):  # every process takes the locks in the same order
@@ -150,6 +150,10 @@ def _inputs(setting: MapSetting, host: Host, inference: Inference) -> dict[str, 
     }
     if host.finishes:
         inputs["score"] = host.score_key
+    if setting.signed != "keep":
+        inputs["signed"] = setting.signed
+    if setting.mean is not None:
+        inputs["mean"] = tensors_digest({"mean": setting.mean})
     if setting.propagation:
         inputs["propagation"] = asdict(setting.propagation)
     return inputs

@@ -203,13 +203,13 @@ def test_vit_grid_keeps_the_place_of_every_patch(name: str) -> None:
 
     features = backbone(images)
 
-    padded = np.zeros((2, 3, 80, 112))
-    padded[:, :, :72, :100] = images.numpy()
+    # Sides of no whole number of patches: the picture is resized to the next multiple.
+    whole = nn.functional.interpolate(images, (80, 112), mode="bilinear").numpy()
     weight = network.patch_embed.proj.weight.numpy().astype(np.float64)
     bias = network.patch_embed.proj.bias.numpy()
     assert features.shape == (2, backbone.dim, 5, 7)
     for b, row, column in np.ndindex(2, 5, 7):
-        patch = padded[b, :, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
+        patch = whole[b, :, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
         expected = [(kernel * patch).sum() for kernel in weight] + bias
         np.testing.assert_allclose(features[b, :, row, column].numpy(), expected, atol=1e-4)
 
@@ -227,6 +227,75 @@ def test_whole_vit_gives_its_own_tokens(name: str) -> None:
     for row, column in np.ndindex(6, 4):
         token = tokens[:, tokens.shape[1] - 24 + row * 4 + column]
         torch.testing.assert_close(features[:, :, row, column], token, rtol=0, atol=0)
+
+
+def test_patches_of_a_mirrored_picture_are_those_of_the_picture() -> None:
+    backbone = build_backbone("test_vit", None).eval()
+    network = backbone.network
+    network.blocks = nn.Sequential()
+    network.pos_embed.zero_()
+    kernel = network.patch_embed.proj.weight
+    kernel.add_(kernel.flip(3).clone())  # a patch means the same mirrored
+    images = torch.randn(1, 3, 61, 101)
+    torch.testing.assert_close(
+        backbone(images.flip(3)).flip(3), backbone(images), rtol=0, atol=1e-4
+    )
+
+
+def test_the_last_norm_is_applied_wherever_the_network_has_it() -> None:
+    """A ViT that classifies the mean token has its norm behind the mean."""
+    for name in ("test_vit", "test_vit2"):
+        backbone = build_backbone(name, None).eval()
+        features = backbone(torch.randn(2, 3, 64, 96)).double()
+        assert features.shape[1:] == (64, 4, 6)
+        torch.testing.assert_close(
+            features.mean(1), torch.zeros(2, 4, 6).double(), atol=1e-5, rtol=0
+        )
+        variance = features.var(1, correction=0)
+        torch.testing.assert_close(variance, torch.ones_like(variance), atol=1e-3, rtol=0)
+
+
+TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "patch", "mean"),
+    [
+        ("deit_small_patch16_224", 1, 16, 0.485),
+        ("deit_small_distilled_patch16_224", 2, 16, 0.485),
+        ("vit_small_patch14_dinov2", 1, 14, 0.485),
+        ("vit_small_patch14_reg4_dinov2", 5, 14, 0.485),
+        ("vit_small_patch16_dinov3", 5, 16, 0.485),
+        ("vit_base_patch16_clip_224", 1, 16, 0.48145466),
+        ("vit_base_patch16_siglip_224", 0, 16, 0.5),
+        ("vit_base_patch16_siglip_gap_224", 0, 16, 0.5),
+        ("eva02_tiny_patch14_224", 1, 14, 0.48145466),
+    ],
+)
+def test_known_vits_by_name(name: str, prefix: int, patch: int, mean: float) -> None:
+    """With the layers of the named networks, made tiny; their weights are not at hand."""
+    backbone = build_backbone(name, None, TINY).eval()
+    assert backbone.stride == patch
+    assert backbone.mean[0] == mean
+    images = torch.randn(2, 3, 50, 70)
+    tokens, features = backbone.tokens(images)
+    assert tokens.shape == (2, prefix, 32)
+    assert features.shape == (2, 32, -(-50 // patch), -(-70 // patch))
+    assert torch.equal(backbone(images), features)
+    for image, alone in zip(images, features, strict=True):  # a batch changes nothing
+        torch.testing.assert_close(backbone(image[None])[0], alone, rtol=0, atol=1e-5)
+    assert features.std() > 0.1
+    assert backbone.stage(images).shape == features.shape
+
+
+def test_options_reach_the_network_and_its_fingerprint() -> None:
+    torch.manual_seed(0)
+    first = build_backbone("test_vit", None, {"num_heads": 2})
+    torch.manual_seed(0)
+    second = build_backbone("test_vit", None, {"num_heads": 4})  # weights of the same shapes
+    assert first.fingerprint != second.fingerprint
+    with pytest.raises(InputError, match=r"backbone\.options=.*'heads': 4.*does not take them"):
+        build_backbone("test_vit", None, {"heads": 4})
 
 
 def test_swin_grid_keeps_the_place_of_every_patch() -> None:

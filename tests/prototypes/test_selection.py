@@ -211,7 +211,8 @@ def orthogonal(foreground: int, zeros: int = 0) -> Centers:
         )
         for seed in range(40)
     ]
-    return Centers(*(torch.stack([getattr(f, n)[0, 0] for f in found]) for n in vars(found[0])))
+    names = ("centers", "counts", "nearest")
+    return Centers(*(torch.stack([getattr(f, name)[0, 0] for f in found]) for name in names))
 
 
 def test_random_start() -> None:

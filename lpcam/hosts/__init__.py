@@ -1,0 +1,1 @@
+"""Hosts that LPCAM is plugged into beside the plain classifier, one file a method."""
