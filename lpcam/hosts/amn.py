@@ -12,7 +12,7 @@ import numpy as np
 import pydantic
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from lpcam.data.dataset import IGNORED, open_image
@@ -21,10 +21,10 @@ from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
 from lpcam.models.host import Host, mirrored_back
 from lpcam.prototypes.maps import HostViews
-from lpcam.settings import CHECKED, Rate, Share
+from lpcam.settings import CHECKED, Count, Rate, Share
 from lpcam.storage.hashing import digest, tensors_digest
 
-DILATIONS = (6, 12, 18, 24)
+Dilations = Annotated[tuple[Count, ...], Field(min_length=1), BeforeValidator(tuple)]
 
 
 def balanced_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -92,6 +92,7 @@ class AMN(Host):
         num_classes: Number of classes C.
         lr: Learning rate of the backbone, by Adam, constant.
         head_lr: Learning rate of the new layers.
+        dilations: Of the convolutions. Beyond the grid of a small picture they see nothing.
         weight_decay: Weight decay of all weights.
         smoothing: See :func:`balanced_loss`.
         dropout: Share of the features that are dropped in training before they are scored.
@@ -112,6 +113,7 @@ class AMN(Host):
         *,
         lr: Rate = 5e-6,
         head_lr: Rate = 1e-4,
+        dilations: Dilations = (6, 12, 18, 24),
         weight_decay: Share = 1e-4,
         smoothing: Annotated[float, Field(ge=0, le=0.5)] = 0.4,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1,
@@ -123,7 +125,7 @@ class AMN(Host):
         self.condition = nn.Linear(num_classes, backbone.dim)
         self.head = nn.ModuleList(
             nn.Conv2d(backbone.dim, num_classes + 1, 3, padding=rate, dilation=rate)
-            for rate in DILATIONS
+            for rate in dilations
         )
         for layer in self.layers:
             nn.init.normal_(layer.weight, std=0.01)
@@ -164,7 +166,10 @@ class AMN(Host):
         taps = torch.stack([layer.weight.detach().sum((2, 3)) for layer in self.layers]).sum(0)
         bias = torch.stack([layer.bias.detach() for layer in self.layers]).sum(0)
         scores = vectors @ taps.to(vectors).T + bias.to(vectors)
-        return unsmoothed(scores.softmax(1), self.smoothing).log()[:, 1:]
+        # Among the classes alone, as every selection of prototypes compares them.
+        others = self.smoothing / self.num_classes
+        rest = others * (self.num_classes - 1) / (1 - others)
+        return unsmoothed(scores[:, 1:].softmax(1), rest).log()
 
     @property
     def score_key(self) -> str:

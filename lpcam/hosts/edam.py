@@ -32,7 +32,8 @@ def discriminative_masks(responses: Tensor) -> Tensor:
 
 def sinusoids(count: int, dim: int) -> Tensor:
     """Sinusoidal positions ``(count, dim)``: sine and cosine of wavelengths up to 10 000."""
-    rates = torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000) / dim))
+    even = torch.arange(0, dim, 2, dtype=torch.float64)
+    rates = torch.exp(even * (-math.log(10_000) / dim))
     angles = torch.arange(count)[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], 2).flatten(1)
 
