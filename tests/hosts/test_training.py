@@ -5,8 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
-from tests.conftest import TINY, at
+from lpcam.programs.setup import set_up
+from tests.conftest import ROOT, TINY, at
+
+CONF = ROOT / "conf"
 
 NETWORK = (
     "backbone=timm",
@@ -151,3 +156,20 @@ def test_advcam_in_the_place_of_own_maps(program, tmp_path: Path) -> None:
     assert 0 < scores["val/cam/miou"] < 1
     # Features are split by the maps of climbing pictures, which features alone do not tell.
     assert [i["score"] for i in manifests(tmp_path, "features") if "score" in i]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("classifier/*.yaml")))
+def test_every_host_is_built_as_its_config_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LPCAM_PROJECT", str(ROOT))
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [*TINY, *NETWORK, f"classifier={name}", f"paths.root={tmp_path}"])
+    cfg.paths.output = cfg.dataset.root = str(tmp_path)
+    found = set_up(cfg)
+    assert type(found.host).__module__ == cfg.classifier._target_.rsplit(".", 1)[0]
+    assert (found.base is not None) == ("base" in cfg.classifier)
+    assert (found.seeding is not None) == (found.host.batches == "seeds")
+    if found.base:
+        assert found.stage.inputs["base"] == found.base.stage.key
