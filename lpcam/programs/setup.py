@@ -29,10 +29,10 @@ from lpcam.stages.seeds import Seeding, seeds
 from lpcam.storage.ranks import agree
 from lpcam.storage.store import Stage
 
-# Overrides of infer.py that train.py needs too, to train the classifier that is looked for.
 # What a host's config holds that is not for the host itself: what it begins with, what its seeds
 # are made with, and where LPCAM is plugged in.
 AROUND = ("base", "seeds", "lpcam")
+# Overrides of infer.py that train.py needs too, to train the classifier that is looked for.
 SHARED = ("dataset", "backbone", "classifier", "paths", "seed", "recipe", "experiments")
 
 
