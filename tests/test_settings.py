@@ -13,7 +13,7 @@ from lpcam.prototypes.centers import Clustering
 from lpcam.prototypes.local_features import Draw
 from lpcam.prototypes.selection import Selection
 from lpcam.settings import CHECKED, Count, Share, make, wrong_value
-from lpcam.stages.classifier import Fitting
+from lpcam.stages.batches import Fitting
 from lpcam.stages.maps import Inference
 from lpcam.stages.passes import ViewSettings
 

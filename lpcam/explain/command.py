@@ -136,7 +136,7 @@ def load(name: str, weights: str, ckpt: Path | None, prototypes: Path) -> "tuple
     from lpcam.models.backbones import build_backbone
     from lpcam.models.classifier import Classifier
     from lpcam.models.host import load_host
-    from lpcam.models.weights import load_weights
+    from lpcam.models.weights import load_state, load_weights
     from lpcam.prototypes.prototype_set import Prototypes
 
     classes = len(Prototypes.load(prototypes).classes)
@@ -146,6 +146,11 @@ def load(name: str, weights: str, ckpt: Path | None, prototypes: Path) -> "tuple
     backbone = build_backbone(name, None if own_weights else "imagenet")
     network = backbone.network
     if ckpt is not None:
+        if "condition.weight" in load_state(ckpt):
+            raise InputError(
+                f"--ckpt={ckpt}: an AMN, which needs image labels and seeds of every picture; map "
+                "the pictures of a data set with infer.py, or give another classifier"
+            )
         model: torch.nn.Module = load_host(ckpt, Classifier(backbone, classes))
     else:
         model = network

@@ -1,1 +1,1 @@
-"""Hosts that LPCAM is plugged into beside the plain classifier, one file a method."""
+"""Published methods that LPCAM is plugged into, a file each; the plain classifier is a model."""

@@ -103,7 +103,8 @@ class Classifier(Host):
     def configure_optimizers(self) -> Any:
         """SGD or AdamW with a polynomial schedule by step."""
         hp: Any = self.hparams
-        groups: list[Any] = [{"params": self.head.parameters(), "lr": hp.lr * hp.head_lr_factor}]
+        heads = [w for name, w in self.named_parameters() if not name.startswith("backbone.")]
+        groups: list[Any] = [{"params": heads, "lr": hp.lr * hp.head_lr_factor}]
         if not self.frozen:
             groups.append({"params": self.backbone.parameters(), "lr": hp.lr})
         optimizer: torch.optim.Optimizer

@@ -36,20 +36,43 @@ class Host(pl.LightningModule):
         finishes: Whether :meth:`finish` does anything; then LPCAM's maps need more than features.
         needs_gradients: Whether prediction differentiates.
         precision: What the trainer runs it in; features differ by it.
-        frozen: Whether only what lies behind the mean features is trained, so that training needs
-            no pictures.
+        frozen: Whether only what lies behind the features is trained, so that training needs no
+            pictures.
+        batches: What it learns from; :func:`~lpcam.stages.batches.loaders` makes them:
+            ``pictures`` with their labels, of which one that is frozen gets the mean features;
+            ``grids`` of local features, for one that is frozen; ``pairs`` of pictures that share a
+            class; ``seeds``, pictures with labels of their pixels.
+        seeds: The label file of each picture by its id, for ``seeds``; given before training and
+            before prediction.
+        seeds_key: Hash of how they were made.
+        title: What people call its own maps.
     """
 
     maps_from_features = True
     finishes = False
     needs_gradients = False
     frozen = False
+    batches = "pictures"
+    title = "CAM"
     precision = "32-true"
 
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.num_classes = num_classes
+        self.seeds: Mapping[str, Path] = {}
+        self.seeds_key = ""
+
+    def begin(self, base: "Host") -> None:
+        """Take over from a trained host what training begins with; by default nothing.
+
+        Args:
+            base: The host that ``classifier.base`` names, trained.
+        """
+
+    def local_features(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Local features ``(B, D, h, w)`` of pictures; few hosts look at the labels ``(B, C)``."""
+        return self.backbone(images)
 
     @abstractmethod
     def own_maps(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
@@ -91,14 +114,16 @@ class Host(pl.LightningModule):
         """
         scales = []
         for view in batch["views"]:
-            if batch["flip"]:
-                plain, mirrored = self.backbone(torch.cat([view, view.flip(3)])).chunk(2)
-                features = torch.stack([plain, mirrored.flip(3)])
-            else:
-                features = self.backbone(view)[None]
+            features = self.view_features(view, batch)
             maps = self.own_maps(features.flatten(0, 1)).unflatten(0, features.shape[:2])
-            scales.append(HostViews(features, maps))
+            scales.append(HostViews(mirrored_back(features), mirrored_back(maps)))
         return scales
+
+    def view_features(self, view: Tensor, batch: ViewBatch) -> Tensor:
+        """Features ``(V, B, D, h, w)`` of a scale's pictures and, if wanted, mirror images."""
+        views = [view, view.flip(3)] if batch["flip"] else [view]
+        labels = batch["labels"].repeat(len(views), 1)
+        return self.local_features(torch.cat(views), labels).unflatten(0, (len(views), -1))
 
     def finish(self, maps: Tensor, views: HostViews, classes: Tensor) -> Tensor:
         """Turn LPCAM's maps of one scale into those of the host with LPCAM in it.
@@ -128,9 +153,15 @@ class Host(pl.LightningModule):
         """A copy that gives the same features faster, see :meth:`Backbone.fused`."""
         twin = type(self)(self.backbone.fused(), **self.hparams)
         twin.precision = self.precision
+        twin.seeds, twin.seeds_key = self.seeds, self.seeds_key
         state = self.state_dict()
         twin.load_state_dict({k: state[k] for k in state if not k.startswith("backbone.")}, False)
         return twin.eval()
+
+
+def mirrored_back(views: Tensor) -> Tensor:
+    """Turn what there is of a mirror image ``(V, ..., w)``, the second of the views, back."""
+    return torch.cat([views[:1], views[1:].flip(-1)])
 
 
 def load_host(path: Path, host: Host) -> Host:

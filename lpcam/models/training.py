@@ -8,26 +8,37 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, PolynomialLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    PolynomialLR,
+)
 
 from lpcam.errors import InputError
 
 MakeTrainer = Callable[..., pl.Trainer]
 
 
-def polynomial(module: pl.LightningModule, optimizer: Optimizer, power: float) -> Any:
+def polynomial(
+    module: pl.LightningModule, optimizer: Optimizer, power: float, *, warmup: int = 0
+) -> Any:
     """Make learning rates fall as ``(1 - step / steps) ** power``.
 
     Args:
         module: The module that is trained; its trainer knows the number of steps.
         optimizer: The optimiser.
         power: The exponent.
+        warmup: Steps in which a further factor rises evenly from 0.1 to 1.
 
     Returns:
         What ``configure_optimizers`` returns.
     """
     steps = int(module.trainer.estimated_stepping_batches)
-    schedule = PolynomialLR(optimizer, steps, power)
+    schedule: LRScheduler = PolynomialLR(optimizer, steps, power)
+    if warmup:
+        schedule = ChainedScheduler([schedule, LinearLR(optimizer, 0.1, total_iters=warmup)])
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -13,7 +13,7 @@ from lpcam.evaluation.segmentation import SegmentationResult
 from lpcam.models.host import Host
 from lpcam.programs.build import build, settings, trainer_maker
 from lpcam.programs.options import options
-from lpcam.programs.setup import trained
+from lpcam.programs.setup import give_seeds, trained
 from lpcam.prototypes.centers import Centers, Clustering
 from lpcam.prototypes.local_features import Draw
 from lpcam.prototypes.maps import MapSetting, lpcam_setting
@@ -109,11 +109,15 @@ class Run:
         self.trained = trained(cfg, overrides)
         self.dataset = self.trained.dataset
         self.host: Host = self.trained.host
+        if "_target_" in cfg.maps:
+            self.host = build(cfg.maps, self.host)
         # What they lack is told now, and not after the maps.
         choose_pictures(self.dataset.pictures(self.dataset.map_splits[-1]), chosen.shown_pictures)
         if self.refiner:
             for split in self.dataset.map_splits:
                 self.refiner.inputs(self.dataset.pictures(split))
+        seeded = (self.dataset.prototype_split, *self.splits)
+        give_seeds(self.trained, seeded, self.store, self.make_trainer, num_workers=cfg.num_workers)
 
     def _refiner(self, chosen: float) -> Refiner | None:
         """The configured refiner; a background score that is ``auto`` was chosen to be this."""
@@ -178,7 +182,7 @@ class Run:
     def titles(self) -> dict[str, str]:
         """Names for people of the maps that are scored, what is compared with what first."""
         spread = "lpcam_plain" in self.settings
-        titles = {"cam": "CAM", "lpcam": "LPCAM, spread" if spread else "LPCAM"}
+        titles = {"cam": self.host.title, "lpcam": "LPCAM, spread" if spread else "LPCAM"}
         if self.refiner:
             source = self.refiner.source
             extra = f", uses {self.refiner.uses}" if self.refiner.uses else ""

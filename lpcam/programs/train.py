@@ -20,7 +20,7 @@ SUMMARIES = {"val/map": "max", "val/f1": "max", "val/loss": "min", "train/loss":
 @job
 def train(cfg: DictConfig) -> float | None:
     """Train, unless the store holds this classifier; return its validation mAP."""
-    from lpcam.programs.setup import set_up
+    from lpcam.programs.setup import set_up, train_base
     from lpcam.reporting.tracking import finish, start, tolerated
     from lpcam.reporting.wandb_content import log_files
     from lpcam.stages import classifier
@@ -36,14 +36,16 @@ def train(cfg: DictConfig) -> float | None:
             with tolerated():
                 config: Any = OmegaConf.to_container(cfg, resolve=True)
                 logger = start(build(cfg.logger), config, choices(), SUMMARIES)
+        store, workers = Path(cfg.paths.store), cfg.num_workers
+        train_base(setup, store, make_trainer, seed=cfg.seed, num_workers=workers)
         metrics = classifier.train(
-            Path(cfg.paths.store),
+            store,
             setup.stage,
             make_trainer,
             setup.dataset,
             setup.host,
             setup.fitting,
-            num_workers=cfg.num_workers,
+            num_workers=workers,
             logger=logger,
         )
         if is_main_process():

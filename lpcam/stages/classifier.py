@@ -1,55 +1,21 @@
 """The stage that trains the host, on pictures or on their features."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import numpy as np
-import pydantic
-from PIL import Image
-from pydantic import Field
 from pytorch_lightning.callbacks import LearningRateMonitor
-from torch import Tensor
 
-from lpcam.data.crops import RandomCrop, by_long_side, deit_augmentation
-from lpcam.data.dataset import SegmentationDataset, fingerprint, multi_hot
-from lpcam.data.loaders import pooled_loader, train_loader
+from lpcam.data.dataset import SegmentationDataset, fingerprint
 from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
 from lpcam.models.host import Host
-from lpcam.models.training import MakeTrainer, fit, per_process
-from lpcam.settings import CHECKED, Count, Pair
-from lpcam.stages.features import FeatureLimit, features, read_features
-from lpcam.stages.passes import feature_bytes
+from lpcam.models.training import MakeTrainer, fit
+from lpcam.stages.batches import Fitting, loaders
 from lpcam.storage.files import write_json
 from lpcam.storage.ranks import is_main_process
 from lpcam.storage.store import Stage
-
-Side = Annotated[int, Field(ge=1, le=8192)]
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
-class Fitting:
-    """How a host is trained, whichever it is.
-
-    Attributes:
-        epochs: Passes over the training split.
-        validate_every: Epochs between validations; a checkpoint is written after each.
-        batch_size: Pictures a step.
-        long_side: Range in pixels that a picture's longer side is resized to; unused when frozen.
-        crop: Side of the square crop in pixels; unused when frozen.
-        augment: What is learnt from: ``crop``, a random one at a random scale, or ``deit``, see
-            :func:`~lpcam.data.crops.deit_augmentation`.
-    """
-
-    epochs: Count
-    validate_every: Count
-    batch_size: Count
-    long_side: Pair[Side] | None = None
-    crop: Side | None = None
-    augment: Literal["crop", "deit"] = "crop"
 
 
 def classifier_stage(
@@ -60,12 +26,22 @@ def classifier_stage(
     *,
     seed: int,
     precision: str,
+    base: Stage | None = None,
 ) -> Stage:
     """Where the trained host for these settings lies, or will lie.
 
     It holds ``last.ckpt`` and ``metrics.json``, those of the last epoch.
+
+    Args:
+        store: The store's folder.
+        dataset: The data.
+        backbone: The backbone before its training.
+        settings: Settings of the host and of its training.
+        seed: Of everything random in it.
+        precision: What is computed in.
+        base: The stage of the host that it begins with, if it does.
     """
-    inputs = {
+    inputs: dict[str, Any] = {
         "backbone": backbone.fingerprint,
         "precision": precision,
         "pictures": fingerprint(dataset.pictures(dataset.train_split)),
@@ -73,6 +49,8 @@ def classifier_stage(
         "settings": dict(settings),
         "seed": seed,
     }
+    if base:
+        inputs["base"] = base.key
     return Stage(store, "classifier", inputs)
 
 
@@ -122,15 +100,11 @@ def train(
     with stage.build(resume=True, together=True) as folder:
         if folder is None:
             return trained_metrics(stage)
-        make_loaders = partial(_picture_loaders, dataset, host, fitting, num_workers)
-        if host.frozen:
-            pooled = _pooled(store, make_trainer, dataset, host, num_workers)
-            make_loaders = partial(_feature_loaders, pooled, fitting)
         metrics = fit(
             make_trainer,
             host,
             folder,
-            make_loaders,
+            loaders(store, make_trainer, dataset, host, fitting, num_workers),
             epochs=fitting.epochs,
             validate_every=fitting.validate_every,
             logger=logger,
@@ -145,68 +119,3 @@ def trained_metrics(stage: Stage) -> dict[str, float]:
     """Metrics of the last epoch of a host that is trained."""
     metrics: dict[str, float] = json.loads((stage.folder / "metrics.json").read_text())
     return metrics
-
-
-def _pooled(
-    store: Path,
-    make_trainer: MakeTrainer,
-    dataset: SegmentationDataset,
-    host: Host,
-    num_workers: int,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Mean features and labels of the training and the validation split."""
-    found = []
-    for split in (dataset.train_split, dataset.val_split):
-        pictures = dataset.pictures(split)
-        # Local features for prototypes come of the same pass, if the store is to hold so many.
-        local = (
-            split == dataset.prototype_split
-            and feature_bytes(host, pictures, [1.0]) <= FeatureLimit().max_features * 1e9
-        )
-        stage = features(store, make_trainer, host, pictures, local=local, num_workers=num_workers)
-        pooled = np.stack([read_features(stage, picture, "pooled") for picture in pictures])
-        found.append((pooled, multi_hot(pictures, len(dataset.classes))))
-    return found
-
-
-def _feature_loaders(
-    pooled: Sequence[tuple[np.ndarray, np.ndarray]], fitting: Fitting, processes: int
-) -> tuple[Any, Any]:
-    """Mean features of both splits in batches."""
-    size = per_process(fitting.batch_size, processes, "classifier.batch_size")
-    train, val = pooled
-    return (
-        pooled_loader(*train, batch_size=size),
-        pooled_loader(*val, batch_size=size, shuffle=False),
-    )
-
-
-def _picture_loaders(
-    dataset: SegmentationDataset, host: Host, fitting: Fitting, num_workers: int, processes: int
-) -> tuple[Any, Any]:
-    """Crops of both splits in batches: random ones to learn from, whole pictures to validate on."""
-    if fitting.crop is None or (fitting.augment == "crop" and fitting.long_side is None):
-        raise InputError("classifier.crop and classifier.long_side: needed to fine-tune")
-    norm = (host.backbone.mean, host.backbone.std)
-    crop = RandomCrop(
-        *norm, scale=by_long_side(fitting.long_side or (fitting.crop,) * 2), crop=fitting.crop
-    )
-    augment: Callable[[Image.Image], Tensor] = crop
-    if fitting.augment == "deit":
-        augment = deit_augmentation(*norm, crop=fitting.crop)
-    size = per_process(fitting.batch_size, processes, "classifier.batch_size")
-
-    def loader(split: str, transform: Callable[[Image.Image], Tensor], *, shuffle: bool) -> Any:
-        return train_loader(
-            dataset.pictures(split),
-            len(dataset.classes),
-            transform,
-            batch_size=size,
-            shuffle=shuffle,
-            num_workers=num_workers,
-        )
-
-    return (
-        loader(dataset.train_split, augment, shuffle=True),
-        loader(dataset.val_split, crop.whole, shuffle=False),
-    )

@@ -12,6 +12,7 @@ from skimage import data
 from lpcam import LPCAM
 from lpcam.__main__ import main
 from lpcam.data.transforms import normalize
+from lpcam.hosts.amn import AMN
 from lpcam.models.backbones import build_backbone
 from lpcam.models.classifier import Classifier
 from lpcam.prototypes.prototype_set import Prototypes
@@ -55,6 +56,16 @@ def explain(folder: Path, *options: str, pictures: tuple[str, ...] = ("cat.png",
             *options,
         ]
     )
+
+
+def test_an_amn_says_that_it_needs_labels(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = AMN(build_backbone("efficientnet_lite0", None), 1000, dilations=[1])
+    torch.save(host.state_dict(), tmp_path / "amn.ckpt")
+    assert explain(folder, f"--ckpt={tmp_path / 'amn.ckpt'}") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "amn.ckpt: an AMN, which needs image labels" in line
 
 
 def test_pictures_in_overlays_out(

@@ -1,6 +1,7 @@
 """Every option of every group composes, and every ``_target_`` is a class that may be called."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from lpcam.programs.build import ALLOWED_MODULES
+from lpcam.stages.batches import Fitting
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -53,14 +55,50 @@ def test_every_option_composes(program: str, option: Path) -> None:
         assert callable(get_object(target))
 
 
-@pytest.mark.parametrize("group", ["backbone", "classifier", "trainer"])
+@pytest.mark.parametrize("group", ["backbone", "trainer"])
 def test_options_of_a_group_have_the_same_keys(group: str) -> None:
-    """A value that exists in one exists in all of the same class: overrides work with each."""
-    keys: dict[str, set[str]] = {}
-    for path in (CONF / group).glob("*.yaml"):
-        node = config("train", f"{group}={path.stem}")[group]
-        found = set(node) - {"strategy"}
-        assert keys.setdefault(node.get("_target_", ""), found) == found
+    """A value that exists in one exists in all: overrides work with each."""
+    keys = [
+        set(config("train", f"{group}={path.stem}")[group]) - {"strategy"}
+        for path in (CONF / group).glob("*.yaml")
+    ]
+    assert all(found == keys[0] for found in keys)
+
+
+CLASSIFIERS = sorted(path.stem for path in (CONF / "classifier").glob("*.yaml"))
+
+
+def test_every_classifier_says_how_it_is_trained() -> None:
+    for name in CLASSIFIERS:
+        found = config("train", f"classifier={name}")["classifier"]
+        assert found.keys() >= {field.name for field in fields(Fitting)} - {"augment"}
+        assert (found["crop"] is None) == (name in ("frozen", "recam_small", "vit"))
+
+
+def test_classifiers_of_one_kind_have_the_same_keys() -> None:
+    """Overrides work with each: with a published setting, and with the small one."""
+    kinds: dict[str, list[set[str]]] = {}
+    for name in CLASSIFIERS:
+        found = config("train", f"classifier={name}")["classifier"]
+        kinds.setdefault(found["_target_"], []).append(set(found))
+    assert {len(found) for found in kinds.values()} == {2, 4}
+    assert all(keys == found[0] for found in kinds.values() for keys in found)
+
+
+def test_a_base_can_be_chosen_and_changed() -> None:
+    given = ("classifier=recam", "classifier@classifier.base=frozen", "classifier.base.lr=0.5")
+    found = config("train", *given)["classifier"]["base"]
+    assert found == {**config("train", "classifier=frozen")["classifier"], "lr": 0.5}
+
+
+def test_a_host_brings_what_lpcam_needs_in_it() -> None:
+    names = {path.stem for path in (CONF / "tuned" / "classifier").glob("*.yaml")}
+    assert names < set(CLASSIFIERS)
+    for name in CLASSIFIERS:
+        found = config("infer", f"classifier={name}")["thresholds"]["activation"]
+        assert found == (0.25 if name.startswith("amn") else 0.1)
+    own = config("infer", "classifier=amn", "thresholds.activation=0.4")
+    assert own["thresholds"]["activation"] == 0.4
 
 
 def test_train_and_infer_agree_on_the_classifier() -> None:
