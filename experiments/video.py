@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run on dataset=cutouts")
     parser.add_argument("ckpt", type=Path, help="the checkpoint of its classifier")
-    parser.add_argument("--clips", default=3, type=int, help="of each class")
+    parser.add_argument("--clips", default=1, type=int, help="of each class")
     options = parser.parse_args()
     config = OmegaConf.load(options.run / "config.yaml")
     cam, backbone = load(
