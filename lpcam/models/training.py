@@ -7,26 +7,33 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import PolynomialLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, PolynomialLR
 
 from lpcam.errors import InputError
 
 MakeTrainer = Callable[..., pl.Trainer]
 
 
-def polynomial(module: pl.LightningModule, optimizer: Optimizer, power: float) -> Any:
+def polynomial(
+    module: pl.LightningModule, optimizer: Optimizer, power: float, *, every: int = 1
+) -> Any:
     """Make learning rates fall as ``(1 - step / steps) ** power``.
 
     Args:
         module: The module that is trained; its trainer knows the number of steps.
         optimizer: The optimiser.
         power: The exponent.
+        every: Steps for which a rate stays; those between two multiples have that of the first.
 
     Returns:
         What ``configure_optimizers`` returns.
     """
     steps = int(module.trainer.estimated_stepping_batches)
-    schedule = PolynomialLR(optimizer, steps, power)
+    schedule: LRScheduler = PolynomialLR(optimizer, steps, power)
+    if every > 1:
+        schedule = LambdaLR(
+            optimizer, lambda step: max(1 - step // every * every / steps, 0) ** power
+        )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -61,7 +68,8 @@ class _Diverged(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *batch: Any
     ) -> None:
-        if not trainer.is_last_batch:  # looking at every step would make a GPU wait
+        # Looking at every step would make a GPU wait.
+        if not trainer.is_last_batch and trainer.global_step != trainer.max_steps:
             return
         finite = bool(outputs["loss"].isfinite())
         finite = finite and all(bool(w.isfinite().all()) for w in module.parameters())
@@ -78,7 +86,8 @@ def fit(
     folder: Path,
     loaders: Callable[[int], tuple[Any, Any]],
     *,
-    epochs: int,
+    epochs: int = -1,
+    steps: int = -1,
     validate_every: int = 1,
     logger: Any = None,
     callbacks: tuple[Callback, ...] = (),
@@ -92,7 +101,8 @@ def fit(
         folder: Where ``last.ckpt`` is, and goes.
         loaders: Makes the batches to learn from and those to validate on, or None, for one of so
             many processes that share them.
-        epochs: Passes over the batches.
+        epochs: Passes over the batches; -1 for as many as the steps need.
+        steps: Steps of the optimiser; -1 for as many as the epochs have.
         validate_every: Epochs between validations; a checkpoint is written after each.
         logger: Lightning loggers; None for none.
         callbacks: Further callbacks.
@@ -109,6 +119,7 @@ def fit(
     )
     trainer = make_trainer(
         max_epochs=epochs,
+        max_steps=steps,
         check_val_every_n_epoch=validate_every,
         num_sanity_val_steps=0,
         logger=logger or False,
