@@ -68,8 +68,7 @@ class _Diverged(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *batch: Any
     ) -> None:
-        # Looking at every step would make a GPU wait.
-        if not trainer.is_last_batch and trainer.global_step != trainer.max_steps:
+        if not trainer.is_last_batch:  # looking at every step would make a GPU wait
             return
         finite = bool(outputs["loss"].isfinite())
         finite = finite and all(bool(w.isfinite().all()) for w in module.parameters())
@@ -86,8 +85,7 @@ def fit(
     folder: Path,
     loaders: Callable[[int], tuple[Any, Any]],
     *,
-    epochs: int = -1,
-    steps: int = -1,
+    epochs: int,
     validate_every: int = 1,
     logger: Any = None,
     callbacks: tuple[Callback, ...] = (),
@@ -101,8 +99,7 @@ def fit(
         folder: Where ``last.ckpt`` is, and goes.
         loaders: Makes the batches to learn from and those to validate on, or None, for one of so
             many processes that share them.
-        epochs: Passes over the batches; -1 for as many as the steps need.
-        steps: Steps of the optimiser; -1 for as many as the epochs have.
+        epochs: Passes over the batches.
         validate_every: Epochs between validations; a checkpoint is written after each.
         logger: Lightning loggers; None for none.
         callbacks: Further callbacks.
@@ -119,7 +116,6 @@ def fit(
     )
     trainer = make_trainer(
         max_epochs=epochs,
-        max_steps=steps,
         check_val_every_n_epoch=validate_every,
         num_sanity_val_steps=0,
         logger=logger or False,

@@ -70,19 +70,24 @@ class MaskedCrops(Dataset[tuple[Tensor, Tensor, Tensor]]):
 class Rounds(DistributedSampler[int]):
     """The positions of one round after another, which processes take in turn.
 
-    Lightning says which round it is, after a restart too. It would replace a sampler of another
-    kind in a job of several processes.
+    Lightning calls a round an epoch, and says which it is, after a restart too. In a job of several
+    processes it would replace a sampler of another kind.
 
     Args:
         data: What is sampled.
         count: Positions of a round, of all processes together.
         processes: How many share them.
         rank: Which of them this is.
+        first: The round to begin with. Lightning names it only after processes that load pictures
+            have begun.
     """
 
-    def __init__(self, data: MaskedCrops, count: int, processes: int, rank: int) -> None:
+    def __init__(
+        self, data: MaskedCrops, count: int, processes: int, rank: int, first: int = 0
+    ) -> None:
         super().__init__(data, processes, rank, shuffle=False)
         self.count = count
+        self.set_epoch(first)
 
     def __iter__(self) -> Iterator[int]:
         start = self.epoch * self.count
@@ -93,7 +98,14 @@ class Rounds(DistributedSampler[int]):
 
 
 def crop_loader(
-    data: MaskedCrops, *, steps: int, batch_size: int, processes: int, rank: int, num_workers: int
+    data: MaskedCrops,
+    *,
+    steps: int,
+    batch_size: int,
+    processes: int,
+    rank: int,
+    first: int,
+    num_workers: int,
 ) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
     """Rounds of batches.
 
@@ -103,12 +115,13 @@ def crop_loader(
         batch_size: Crops a batch and process.
         processes: How many processes share the crops.
         rank: Which of them this is.
+        first: The round to begin with.
         num_workers: Processes that decode.
     """
     return DataLoader(
         data,
         batch_size=batch_size,
-        sampler=Rounds(data, steps * batch_size * processes, processes, rank),
+        sampler=Rounds(data, steps * batch_size * processes, processes, rank, first),
         num_workers=num_workers,
         multiprocessing_context=start_method(num_workers),
     )

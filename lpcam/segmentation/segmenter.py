@@ -1,5 +1,6 @@
 """How a segmentation network learns, and how it labels pictures."""
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -27,8 +28,8 @@ class Learning:
     """How a network is trained.
 
     Attributes:
-        steps: Steps of the optimiser.
-        save_every: Steps between checkpoints to go on from.
+        steps: Steps of the optimiser; a few more where rounds of equal length need them.
+        save_every: Steps of a round at most, after which a checkpoint is written to go on from.
         batch_size: Crops a step.
         crop: Side of the square crops in pixels.
         crop_scales: Factors on a picture's size before the crop, each as likely.
@@ -63,6 +64,16 @@ class Learning:
     loss_grid: Grid = "picture"
     balanced: bool = False
     pixel_weights: Literal["alike", "confidence"] = "alike"
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds there are."""
+        return math.ceil(self.steps / self.save_every)
+
+    @property
+    def round_steps(self) -> int:
+        """Steps of each."""
+        return math.ceil(self.steps / self.rounds)
 
 
 def _known_crf(name: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning.callbacks import LearningRateMonitor
 
 from lpcam.data.crops import RandomCrop, by_choice
@@ -56,7 +57,8 @@ def segmenter_stage(
     """
     pictures = dataset.pictures(dataset.train_split)
     how = asdict(learning)
-    del how["save_every"]  # a checkpoint more or less changes nothing
+    del how["save_every"]  # a checkpoint more or less changes nothing but
+    how["steps"] = learning.rounds * learning.round_steps
     inputs = {
         "network": tensors_digest(network.state_dict()),
         "normalisation": [network.mean, network.std],
@@ -127,10 +129,11 @@ def train(
         def loaders(processes: int) -> tuple[Any, None]:
             loader = crop_loader(
                 crops,
-                steps=learning.save_every,
+                steps=learning.round_steps,
                 batch_size=per_process(learning.batch_size, processes, "segmenter.batch_size"),
                 processes=processes,
                 rank=rank(),
+                first=_rounds_done(folder / CHECKPOINT, learning),
                 num_workers=num_workers,
             )
             return loader, None
@@ -140,7 +143,7 @@ def train(
             Segmenter(network, learning=learning, seed=seed),
             folder,
             loaders,
-            steps=learning.steps,
+            epochs=learning.rounds,
             logger=logger,
             callbacks=(LearningRateMonitor("step"),) if logger else (),
             lr_setting="segmenter.lr",
@@ -150,6 +153,14 @@ def train(
             write_json(folder / METRICS, metrics)
             (folder / CHECKPOINT).unlink()  # the optimiser's state is as large as the network
         return metrics
+
+
+def _rounds_done(checkpoint: Path, learning: Learning) -> int:
+    """How many rounds a killed run has finished."""
+    if not checkpoint.is_file():
+        return 0
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    return int(state["global_step"]) // learning.round_steps
 
 
 def trained_metrics(stage: Stage) -> dict[str, float]:
