@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -14,7 +13,7 @@ from lpcam.segmentation.networks import Architecture, SegmentationNetwork, build
 from lpcam.settings import make
 from lpcam.storage.files import write_atomically
 
-KIND = "segmentation network"
+HEADER = "segmentation network"
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,13 @@ def save_network(
         architecture: Which network.
     """
     described = {
-        "kind": KIND,
-        "classes": json.dumps(list(classes)),
+        "classes": list(classes),
         "backbone": backbone,
-        "architecture": json.dumps(asdict(architecture)),
+        "architecture": asdict(architecture),
     }
     state = {key: value.cpu().contiguous() for key, value in network.state_dict().items()}
-    write_atomically(path, save(state, described))
+    # One entry: of several the order in the file would be a matter of chance.
+    write_atomically(path, save(state, {HEADER: json.dumps(described)}))
 
 
 def load_network(path: Path) -> Trained:
@@ -72,14 +71,15 @@ def load_network(path: Path) -> Trained:
         raise InputError(
             f"{path}: no readable segmentation network ({reason}); {remedy}"
         ) from error
-    if header.get("kind") != KIND:
+    if HEADER not in header:
         raise InputError(f"{path}: holds no segmentation network; {remedy}")
     try:
-        classes = tuple(json.loads(header["classes"]))
-        architecture = make(Architecture, json.loads(header["architecture"]))
-        network = build_network(header["backbone"], None, len(classes), architecture)
+        described = json.loads(header[HEADER])
+        classes = tuple(described["classes"])
+        architecture = make(Architecture, described["architecture"])
+        network = build_network(described["backbone"], None, len(classes), architecture)
         network.load_state_dict(state)
-    except (KeyError, ValueError, RuntimeError, ValidationError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: damaged ({type(error).__name__}); train it again") from error

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file
 
 from lpcam.__main__ import main
 from lpcam.data.shapes import Shapes
+from lpcam.data.voc import CLASSES
 from lpcam.seeds.palette import palette
+from lpcam.segmentation.file import save_network
+from lpcam.segmentation.networks import Architecture, build_network
 from tests.conftest import ROOT, TINY, at
 from tests.segmentation.test_mask_sources import fake_run
 
@@ -77,9 +79,7 @@ def test_a_network_is_trained_once_and_labels_pictures(program, copied: Path) ->
     found = json.loads((folder / "metrics.json").read_text())
     assert found["val/masks/miou"] == found["train/masks/miou"] == 1
     assert 0 < found["val/segmented/miou"] < 1
-    assert {"val/segmented/iou/background", "train/segmented/precision"} <= set(found) | {
-        "train/segmented/precision"
-    }
+    assert {"val/segmented/iou/background", "train/segmented/recall"} <= set(found)
     for name in ("report.html", "network.safetensors", "DONE.json", "figures/gallery.png"):
         assert (folder / name).stat().st_size > 100
     assert "prototypes" not in (folder / "config.yaml").read_text()
@@ -129,9 +129,7 @@ def test_bad_input_is_one_line(program, copied: Path) -> None:
     assert_one_line(infer(f"ckpt={ckpt}", "segmenter.export=voc"), "VOC's 20 classes")
     prototypes = copied / "pseudo" / "prototypes.safetensors"
     assert_one_line(infer(f"ckpt={prototypes}"), "holds no segmentation network")
-    state = load_file(ckpt)
     wrong = program("infer", *TINY, *NETWORK, f"ckpt={ckpt}", *at(copied, "bad"))
-    assert state
     assert_one_line(wrong, "network.safetensors", "no Classifier")
     shutil.copytree(copied / "pseudo", copied / "partial")
     (copied / "partial" / "masks" / "train_00000.png").unlink()
@@ -147,6 +145,41 @@ def test_ckpt_labels_without_masks(program, made: Path, tmp_path: Path) -> None:
     assert outcome.status == 0, outcome.stderr
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert {key.split("/")[1] for key in found} == {"segmented"}
+
+
+def test_pictures_without_labels_go_to_pascals_server(program, tmp_path: Path) -> None:
+    """VOC publishes neither labels nor masks of test."""
+    root = tmp_path / "VOC2012"
+    lists = root / "ImageSets" / "Segmentation"
+    for folder in (lists, root / "Annotations", root / "JPEGImages"):
+        folder.mkdir(parents=True)
+    xml = "<annotation><object><name>cat</name></object></annotation>"
+    for split in ("train", "val", "test"):
+        (lists / f"{split}.txt").write_text(f"{split}_1\n")
+        Image.new("RGB", (90, 70)).save(root / "JPEGImages" / f"{split}_1.jpg")
+        if split != "test":
+            (root / "Annotations" / f"{split}_1.xml").write_text(xml)
+    network = build_network("test_resnet", None, 20, Architecture("deeplab_v2", 16, (1, 2)))
+    path = tmp_path / "network.safetensors"
+    architecture = Architecture("deeplab_v2", 16, (1, 2))
+    save_network(path, network, CLASSES, "test_resnet", architecture)
+    data = (
+        "dataset=voc",
+        f"dataset.root={root}",
+        "dataset.train_split=train",
+        "dataset.map_splits=[test]",
+        "trainer=cpu",
+        "logger=none",
+        "num_workers=0",
+    )
+    settings = (*NETWORK, "task=segmentation", f"ckpt={path}", "segmenter.export=voc")
+    outcome = program("infer", *data, *settings, *at(tmp_path))
+    assert outcome.status == 0, outcome.stderr
+    folder = tmp_path / "run" / "results" / "VOC2012" / "Segmentation" / "comp6_test_cls"
+    with Image.open(folder / "test_1.png") as mask:
+        assert (mask.mode, mask.size) == ("P", (90, 70))
+        assert tuple(mask.getpalette()[:63]) == palette()[:63]
+    assert (tmp_path / "run" / "metrics.json").read_text().strip() == "{}"
 
 
 @pytest.mark.slow
