@@ -68,7 +68,9 @@ def inputs_digest(config: Mapping[str, Any]) -> str:
     groups = ("ckpt", "backbone", "refiner")  # the others name no file that is read
     named = {name: config.get(name) for name in groups}
     if config.get("masks"):
-        named["masks"] = [f"{config['masks']}{inside}" for inside in ("", "/masks")]
+        named["masks"] = [
+            f"{config['masks']}{inside}" for inside in ("", "/masks", "/maps", "/refined")
+        ]
     files = _files(named)
     stamps = [[str(path), *_stamp(path)] for path in files]
     return digest([_data_digest(json.dumps(config["dataset"])), stamps])
