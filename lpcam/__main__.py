@@ -11,11 +11,12 @@ from pathlib import Path
 
 from lpcam.errors import InputError
 from lpcam.explain.command import add_commands as add_explain
+from lpcam.segmentation.command import add_command as add_segment
 from lpcam.storage.command import add_command as add_store
 
 # Their arguments are Hydra's, not argparse's.
 PROGRAMS = {
-    "train": "train the classifier",
+    "train": "train the classifier, or a segmentation network",
     "infer": "make maps, masks, scores and a report; -m sweeps",
     "check": "look at a data set",
 }
@@ -55,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text in PROGRAMS.items():
         commands.add_parser(name, help=f"{text}; lpcam {name} --help lists the settings")
     add_explain(commands)
+    add_segment(commands)
     add_store(commands)
     report = commands.add_parser("report", help="write the report of a run, or of a sweep's job")
     report.add_argument("folder", help="the run's folder")

@@ -9,9 +9,9 @@ from tests.conftest import ROOT
 
 # The top floor first, as in the README.
 ROOMS = (
-    "__main__", "sweeps", "programs", "stages", "explain", "refiners", "reporting", "hosts",
-    "models", "data", "prototypes", "visualize", "seeds", "storage", "evaluation", "settings",
-    "functional", "errors",
+    "__main__", "sweeps", "programs", "stages", "explain", "segmentation", "refiners", "reporting",
+    "hosts", "models", "data", "prototypes", "visualize", "seeds", "storage", "evaluation",
+    "settings", "functional", "errors",
 )  # fmt: skip
 FILES = sorted((ROOT / "lpcam").rglob("*.py"))
 

@@ -57,6 +57,11 @@ def deit_augmentation(
     return transform
 
 
+def by_choice(factors: Sequence[float]) -> DrawScale:
+    """One of these factors, each as likely."""
+    return lambda size: factors[int(torch.randint(len(factors), ()))]
+
+
 class _CellCrop(v2.RandomCrop):
     """A crop that starts at a multiple of a cell's side, counted from the picture's corner."""
 
@@ -113,13 +118,13 @@ class RandomCrop:
         height, width = picture.shape[1:]
         return F.pad(picture.as_subclass(Tensor), (0, self.side - width, 0, self.side - height))
 
-    def both(self, image: Image.Image, labels: Image.Image) -> tuple[Tensor, Tensor]:
-        """Crop a picture ``(3, crop, crop)`` and its labels ``(crop, crop)`` int64."""
+    def both(self, image: Image.Image, *labels: Image.Image) -> tuple[Tensor, ...]:
+        """Crop a picture ``(3, crop, crop)`` and labels of its pixels ``(crop, crop)`` int64."""
         picture = self._picture(image, self.scale(image.size))
         size = (picture.shape[2], picture.shape[1])
-        resized = np.array(labels.resize(size, Image.Resampling.NEAREST), np.int64)
-        pixels, cropped = self.crop(picture, tv_tensors.Mask(torch.from_numpy(resized)))
-        return pixels.as_subclass(Tensor), cropped.as_subclass(Tensor)
+        resized = [np.array(one.resize(size, Image.Resampling.NEAREST), np.int64) for one in labels]
+        masks = [tv_tensors.Mask(torch.from_numpy(one)) for one in resized]
+        return tuple(cropped.as_subclass(Tensor) for cropped in self.crop(picture, *masks))
 
     def _picture(self, image: Image.Image, scale: float) -> tv_tensors.Image:
         return tv_tensors.Image(normalize(rescale(image, scale), self.mean, self.std))

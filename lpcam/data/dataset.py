@@ -98,16 +98,22 @@ class SegmentationDataset(ABC):
         named = (self.train_split, self.val_split, self.prototype_split, *self.map_splits)
         return tuple(dict.fromkeys(named))
 
-    def prepare(self) -> None:
+    def prepare(self, *, labelled: bool = True) -> None:
         """Make sure that every split in use can be read, before anything is computed.
 
         Opens lists, annotations and folders, but no picture and no mask.
+
+        Args:
+            labelled: Whether every picture needs image labels, as maps do; a segmentation network
+                does not.
 
         Raises:
             InputError: Something is missing or wrong.
         """
         for split in self.used_splits:
-            multi_hot(self.pictures(split), len(self.classes))
+            pictures = self.pictures(split)
+            if labelled:
+                multi_hot(pictures, len(self.classes))
 
     @abstractmethod
     def pictures(self, split: str) -> list[Picture]:
@@ -126,20 +132,7 @@ class SegmentationDataset(ABC):
         """
         if picture.mask_path is None:
             return None
-        with open_image(picture.mask_path) as image:
-            # One bit a pixel is refused too: 1 may mean the first class, or white, which is 255.
-            if image.mode not in ("P", "L"):
-                raise InputError(
-                    f"{picture.mask_path}: mask of mode {image.mode}; save class numbers as an "
-                    "8-bit palette or greyscale PNG"
-                )
-            mask = np.asarray(image)
-        unknown = mask[(mask > len(self.tree_classes)) & (mask != IGNORED)]
-        if unknown.size:
-            raise InputError(
-                f"{picture.mask_path}: holds {unknown[0]}, but there are {len(self.tree_classes)} "
-                "classes; correct it, or mark unknown pixels 255"
-            )
+        mask = read_mask(picture.mask_path, len(self.tree_classes))
         if self.classes == self.tree_classes:
             return mask
         values = np.full(IGNORED + 1, IGNORED, np.uint8)
@@ -176,6 +169,30 @@ class SegmentationDataset(ABC):
             return None
         found = file_digest(picture.mask_path)
         return found if self.classes == self.tree_classes else digest([found, self.classes])
+
+
+def read_mask(path: Path, num_classes: int) -> np.ndarray:
+    """Read a mask ``(H, W)`` uint8: 0 background, class index + 1, 255 ignored.
+
+    Raises:
+        InputError: It cannot be read, is no 8-bit palette or greyscale image, or holds a number
+            that is no class's.
+    """
+    with open_image(path) as image:
+        # One bit a pixel is refused too: 1 may mean the first class, or white, which is 255.
+        if image.mode not in ("P", "L"):
+            raise InputError(
+                f"{path}: mask of mode {image.mode}; save class numbers as an 8-bit palette or "
+                "greyscale PNG"
+            )
+        mask = np.asarray(image)
+    unknown = mask[(mask > num_classes) & (mask != IGNORED)]
+    if unknown.size:
+        raise InputError(
+            f"{path}: holds {unknown[0]}, but there are {num_classes} classes; correct it, or mark "
+            "unknown pixels 255"
+        )
+    return mask
 
 
 def known_classes(classes: Classes | None, published: Classes) -> Classes:

@@ -126,11 +126,14 @@ class GeneratedVOC(VOC):
         pool = tied if tied and rng.random() < self.context_probability else every
         return str(rng.choice(pool))
 
-    def prepare(self) -> None:
+    def prepare(self, *, labelled: bool = True) -> None:
         """Build the tree unless it is there and whole.
 
         A file that is missing or has another size than the manifest says, or a build that was
         cut short, has the whole tree built anew.
+
+        Args:
+            labelled: Makes no difference; every picture that is composed has labels.
 
         Raises:
             InputError: The folder cannot be written, or the material cannot be had.

@@ -126,7 +126,8 @@ class SegmentationResult:
     a class that is never predicted, is NaN and left out of means.
 
     Attributes:
-        thresholds: Background scores ``(T,)``, ascending.
+        thresholds: Background scores ``(T,)``, ascending; one NaN where labels were predicted and
+            no threshold made them.
         confusion: Pixel counts ``(T, C + 1, C + 1)`` int64: true label, predicted label.
     """
 
@@ -195,8 +196,10 @@ class SegmentationResult:
     def threshold_width(self) -> float:
         """How far the threshold may be off: the part of 0..1 with mIoU within 0.01 of the peak.
 
-        Each threshold within it counts for one step, at most 1 in all.
+        Each threshold within it counts for one step, at most 1 in all; of one alone it is NaN.
         """
+        if len(self.thresholds) == 1:
+            return np.nan
         within = self.miou >= self.miou[self.best] - 0.01
         return min(float(within.sum() / (len(self.thresholds) - 1)), 1.0)
 
@@ -204,12 +207,16 @@ class SegmentationResult:
         """Index of the threshold nearest to a value."""
         return int(np.abs(self.thresholds - threshold).argmin())
 
+    def miou_at(self, threshold: float) -> float:
+        """Mean IoU at the threshold nearest to a value; NaN for none."""
+        return np.nan if np.isnan(threshold) else float(self.miou[self.index(threshold)])
+
     def metrics(self, classes: Sequence[str], threshold: float) -> dict[str, float]:
         """The scores to report, fractions in 0..1.
 
         Args:
             classes: Names of the C classes.
-            threshold: The configured background score.
+            threshold: The configured background score; NaN for none.
 
         Returns:
             ``miou``, ``precision``, ``recall``, ``fp``, ``fn``, ``iou/background`` and
@@ -221,7 +228,7 @@ class SegmentationResult:
             "miou": self.miou[best],
             "best_threshold": self.thresholds[best],
             "threshold": threshold,
-            "miou_at_threshold": self.miou[self.index(threshold)],
+            "miou_at_threshold": self.miou_at(threshold),
             "precision": self.precision[best],
             "recall": self.recall[best],
             "fp": self.fp[best],

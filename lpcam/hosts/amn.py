@@ -20,6 +20,7 @@ from lpcam.data.loaders import ViewBatch
 from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
 from lpcam.models.host import Host, mirrored_back
+from lpcam.models.sum_head import SumHead
 from lpcam.prototypes.maps import HostViews
 from lpcam.settings import CHECKED, Count, Rate, Share
 from lpcam.storage.hashing import digest, tensors_digest
@@ -123,13 +124,7 @@ class AMN(Host):
         super().__init__(backbone.requires_grad_(not freeze_backbone), num_classes)
         self.save_hyperparameters(ignore=["backbone"])
         self.condition = nn.Linear(num_classes, backbone.dim)
-        self.head = nn.ModuleList(
-            nn.Conv2d(backbone.dim, num_classes + 1, 3, padding=rate, dilation=rate)
-            for rate in dilations
-        )
-        for layer in self.layers:
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+        self.head = SumHead(backbone.dim, num_classes + 1, dilations)
         self.smoothing = smoothing
         self.dropout = dropout
         self.dropout_at_inference = dropout_at_inference
@@ -138,19 +133,10 @@ class AMN(Host):
         """Local features ``(B, D, h, w)`` of pictures that show the classes of ``(B, C)``."""
         return self.backbone(images) * self.condition(labels.float())[:, :, None, None]
 
-    @property
-    def layers(self) -> list[Any]:
-        """The dilated convolutions."""
-        return list(self.head)
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Scores ``(B, C + 1, h, w)`` of conditioned features, background first."""
-        return torch.stack([layer(features) for layer in self.layers]).sum(0)
-
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of pictures ``(B, 3, H, W)``, labels ``(B, C)`` and pixels' labels ``(B, H, W)``."""
         images, labels, pixels = batch
-        scores = self.logits(F.dropout(self.local_features(images, labels), self.dropout))
+        scores = self.head(F.dropout(self.local_features(images, labels), self.dropout))
         grid = F.interpolate(pixels[:, None].float(), scores.shape[2:])[:, 0].long()
         loss = balanced_loss(scores, grid, self.smoothing)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
@@ -158,14 +144,12 @@ class AMN(Host):
 
     def own_maps(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
         """Softmax of one view's scores, not stretched; maps of a picture need its seeds too."""
-        found = self.logits(features).softmax(1)[:, 1:]
+        found = self.head(features).softmax(1)[:, 1:]
         return found if classes is None else found[:, classes]
 
     def score(self, vectors: Tensor) -> Tensor:
         """Log probabilities of the classes where a map holds the vector everywhere."""
-        taps = torch.stack([layer.weight.detach().sum((2, 3)) for layer in self.layers]).sum(0)
-        bias = torch.stack([layer.bias.detach() for layer in self.layers]).sum(0)
-        scores = vectors @ taps.to(vectors).T + bias.to(vectors)
+        scores = self.head.everywhere(vectors)
         # Among the classes alone, as every selection of prototypes compares them.
         others = self.smoothing / self.num_classes
         rest = others * (self.num_classes - 1) / (1 - others)
@@ -195,7 +179,7 @@ class AMN(Host):
         finest = max(range(len(grids)), key=lambda place: grids[place].numel())
         scores = []
         for features in found:
-            views = [self.logits(self._dropped(f, batch["ids"], v)) for v, f in enumerate(features)]
+            views = [self.head(self._dropped(f, batch["ids"], v)) for v, f in enumerate(features)]
             mean = mirrored_back(torch.stack(views)).mean(0)
             scores.append(F.interpolate(mean, grids[finest], mode="bilinear", align_corners=False))
         whole = torch.stack(scores).mean(0).softmax(1)[:, 1:]

@@ -30,7 +30,7 @@ _EFFICIENTNET_LITE = {
 
 
 class Backbone(nn.Module):
-    """A network without its classifier, whose BatchNorm statistics never change.
+    """A network without its classifier, whose BatchNorm statistics do not change unless asked to.
 
     Args:
         name: The configured name, part of :attr:`fingerprint`.
@@ -42,7 +42,10 @@ class Backbone(nn.Module):
     Attributes:
         dim: Channels D of the local features.
         stride: Pixels between two positions of the grid.
+        learns_norms: Whether training changes BatchNorm's statistics.
     """
+
+    learns_norms = False
 
     def __init__(
         self,
@@ -177,10 +180,10 @@ class Backbone(nn.Module):
         return images.contiguous(memory_format=self._format)
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Switch between training and evaluation, BatchNorm excepted."""
+        """Switch between training and evaluation, BatchNorm excepted unless it learns."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if not self.learns_norms and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
 
@@ -218,7 +221,11 @@ class Backbone(nn.Module):
 
 
 def build_backbone(
-    name: str, weights: str | None = "imagenet", options: Mapping[str, Any] | None = None
+    name: str,
+    weights: str | None = "imagenet",
+    options: Mapping[str, Any] | None = None,
+    *,
+    output_stride: int | None = None,
 ) -> Backbone:
     """Build a backbone, of stride 16 where the network allows it.
 
@@ -228,10 +235,11 @@ def build_backbone(
             others), a ``.pth`` or ``.safetensors`` file, or None for random ones.
         options: Further arguments of ``timm.create_model``, as ``{"img_size": 448}`` for position
             embeddings of that size.
+        output_stride: Another stride, reached by dilation from the stage on that would exceed it.
 
     Raises:
-        InputError: The name or an option is unknown, or the weights are missing or belong to
-            another network.
+        InputError: The name or an option is unknown, the weights are missing or belong to another
+            network, or the network has no such stride.
     """
     timm_name, package = _EFFICIENTNET_LITE.get(name, (name, None))
     if name == "resnet50":
@@ -240,7 +248,7 @@ def build_backbone(
         raise InputError(f"backbone.name={name}: unknown; timm.list_models() shows what there is")
     download = weights == "imagenet" and package is None
     try:
-        network = _create(timm_name, pretrained=download, **(options or {}))
+        network = _create(timm_name, output_stride, pretrained=download, **(options or {}))
     except TypeError as error:
         raise InputError(
             f"backbone.options={dict(options or {})}: {timm_name} does not take them "
@@ -279,8 +287,17 @@ def _try(backbone: Backbone) -> None:
     backbone.stride = round(96 / shape[2])
 
 
-def _create(timm_name: str, *, pretrained: bool, **given: Any) -> Any:
-    """Create a timm model at stride 16, or for pictures of any size, as far as it can be had."""
+def _create(timm_name: str, output_stride: int | None, *, pretrained: bool, **given: Any) -> Any:
+    """Create a timm model at a stride; by default at 16, or for any size, as it can be had."""
+    if output_stride is not None:
+        given["output_stride"] = output_stride
+        try:
+            return timm.create_model(timm_name, pretrained=pretrained, **given)
+        except (TypeError, AssertionError, NotImplementedError) as error:
+            raise InputError(
+                f"segmenter.output_stride={output_stride}: not to be had of {timm_name}; take 32, "
+                "16 or 8, null for the network's own, or another backbone"
+            ) from error
     if timm_name.startswith("resnet50."):
         network: Any = timm.create_model(timm_name, pretrained=pretrained, **given)
         for convolution in (network.layer4[0].conv2, network.layer4[0].downsample[0]):

@@ -22,7 +22,12 @@ MakeTrainer = Callable[..., pl.Trainer]
 
 
 def polynomial(
-    module: pl.LightningModule, optimizer: Optimizer, power: float, *, warmup: int = 0
+    module: pl.LightningModule,
+    optimizer: Optimizer,
+    power: float,
+    *,
+    warmup: int = 0,
+    every: int = 1,
 ) -> Any:
     """Make learning rates fall as ``(1 - step / steps) ** power``.
 
@@ -31,12 +36,17 @@ def polynomial(
         optimizer: The optimiser.
         power: The exponent.
         warmup: Steps in which a further factor rises evenly from 0.1 to 1.
+        every: Steps for which a rate stays; those between two multiples have that of the first.
 
     Returns:
         What ``configure_optimizers`` returns.
     """
     steps = int(module.trainer.estimated_stepping_batches)
     schedule: LRScheduler = PolynomialLR(optimizer, steps, power)
+    if every > 1:
+        schedule = LambdaLR(
+            optimizer, lambda step: max(1 - step // every * every / steps, 0) ** power
+        )
     if warmup:
         schedule = ChainedScheduler([schedule, LinearLR(optimizer, 0.1, total_iters=warmup)])
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 # Folders and files of a run, and the endings of what it writes into a folder.
 FOLDERS = {"maps": ".npz", "refined": ".npz", "masks": ".png", "figures": ".png"}
-FILES = ("report.html", "metrics.json", "prototypes.safetensors", "config.yaml")
+FILES = (
+    "report.html",
+    "metrics.json",
+    "prototypes.safetensors",
+    "network.safetensors",
+    "config.yaml",
+)
 
 
 def done_metrics(
@@ -60,7 +66,12 @@ def _config_digest(config: Mapping[str, Any]) -> str:
 def inputs_digest(config: Mapping[str, Any]) -> str:
     """Hash size and time of pictures, masks, and the files that the config names."""
     groups = ("ckpt", "backbone", "refiner")  # the others name no file that is read
-    files = _files({name: config.get(name) for name in groups})
+    named = {name: config.get(name) for name in groups}
+    if config.get("masks"):
+        named["masks"] = [
+            f"{config['masks']}{inside}" for inside in ("", "/masks", "/maps", "/refined")
+        ]
+    files = _files(named)
     stamps = [[str(path), *_stamp(path)] for path in files]
     return digest([_data_digest(json.dumps(config["dataset"])), stamps])
 
@@ -71,7 +82,7 @@ def _data_digest(text: str) -> str:
     from lpcam.data.dataset import fingerprint
 
     dataset: SegmentationDataset = build(OmegaConf.create({"dataset": json.loads(text)}).dataset)
-    dataset.prepare()
+    dataset.prepare(labelled=False)  # told where they are needed
     rows = []
     for split in dataset.used_splits:
         pictures = dataset.pictures(split)
@@ -89,6 +100,9 @@ def _files(value: Any) -> Iterator[Path]:
     """The files that the texts of a config name, and those in the folders that they name."""
     if isinstance(value, Mapping):
         for item in value.values():
+            yield from _files(item)
+    elif isinstance(value, list):
+        for item in value:
             yield from _files(item)
     elif isinstance(value, str) and ("/" in value or "." in value):
         path = Path(value).expanduser()
@@ -117,7 +131,8 @@ def clear(output: Path) -> None:
         earlier = (output / "config.yaml").read_text()
     except OSError:
         return
-    if "prototypes:" not in earlier or "thresholds:" not in earlier:
+    ours = (("prototypes:", "thresholds:"), ("segmenter:", "masks:"))
+    if not any(all(key in earlier for key in keys) for keys in ours):
         return  # somebody else's folder
     for name, suffix in FOLDERS.items():
         for path in (output / name).glob(f"*{suffix}"):
@@ -157,6 +172,7 @@ def write_done(
 
 
 def headline(metrics: Mapping[str, float], split: str) -> float | None:
-    """The one number of a run: mIoU of the refined maps, or of LPCAM; None without masks."""
-    found = (metrics.get(f"{split}/{stage}/miou") for stage in ("refined", "lpcam"))
+    """The one number of a run: mIoU of its last stage; None without masks."""
+    stages = ("segmented_crf", "segmented", "refined", "lpcam")
+    found = (metrics.get(f"{split}/{stage}/miou") for stage in stages)
     return next((value for value in found if value is not None), None)

@@ -1,5 +1,6 @@
 """Make maps and masks with a trained classifier: ``lpcam infer``, or ``python infer.py``.
 
+With ``task=segmentation masks=RUN`` the masks are those of the network that learnt from that run's.
 ``--help`` lists the groups, ``--cfg job`` shows what will run; ``-m`` or a study such as
 ``experiments=sweep_k`` runs many settings for little more than one costs.
 """
@@ -17,12 +18,17 @@ from lpcam.programs.done import clear, done_metrics, headline, look_again, write
 from lpcam.programs.entry import job, run
 from lpcam.programs.folders import CONF
 
+MAKING_MAPS = ("maps", "prototypes", "thresholds", "inference", "refiner")
+
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="infer")
 @job
 def infer(cfg: DictConfig) -> float | None:
     """Run every stage; return the mIoU on the last split, of refined maps where there are any."""
     start = time.perf_counter()
+    if "segmenter" in cfg:
+        # A task could leave out by itself only the groups that train.py has, too.
+        cfg = OmegaConf.masked_copy(cfg, [str(n) for n in cfg if n not in MAKING_MAPS])
     output, last = Path(cfg.paths.output), cfg.dataset.map_splits[-1]
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     report = cfg.report
@@ -33,12 +39,21 @@ def infer(cfg: DictConfig) -> float | None:
         print(f"Already done: {output}")
         return headline(metrics, last)
 
-    from lpcam.programs import outputs
-    from lpcam.programs.run import Run
     from lpcam.reporting.scores import print_table
     from lpcam.storage.ranks import is_main_process
 
-    this = Run(cfg, HydraConfig.get().overrides.task)
+    overrides = HydraConfig.get().overrides.task
+    outputs: Any
+    this: Any
+    if "segmenter" in cfg:
+        from lpcam.programs import segmentation as outputs
+
+        this = outputs.SegmentationRun(cfg, overrides)
+    else:
+        from lpcam.programs import outputs
+        from lpcam.programs.run import Run
+
+        this = Run(cfg, overrides)
     results = this.results()
     if not is_main_process():
         return None

@@ -24,8 +24,9 @@ class Options:
         map_splits: Splits that get maps.
         seed: Of everything random, the data and the clusters excepted.
         num_workers: Processes that decode pictures.
-        ckpt: A classifier's checkpoint.
+        ckpt: A classifier's checkpoint, or the file of a segmentation network.
         localisation: Score maps as localisation too.
+        masks: What a segmentation network learns from.
         report: Write the report; None for not in a sweep.
         shown_pictures: Ids of pictures to show in every run.
     """
@@ -38,6 +39,7 @@ class Options:
     num_workers: Annotated[int, Field(ge=0, le=256)] = 1
     ckpt: Text | None = None
     localisation: bool = False
+    masks: Text | None = None
     report: bool | None = None
     shown_pictures: Names | None = None
 

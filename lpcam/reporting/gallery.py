@@ -71,11 +71,8 @@ def compare(
         truth = dataset.mask(picture)
         if truth is None:
             return
-        ious = []
-        for method in methods:
-            seed = method.seed(split, picture)
-            mask = seed_mask(seed.full_size(), seed.keys, method.threshold(split, math.nan))
-            ious.append(foreground_iou(truth, mask))
+        masks = (method.mask(split, picture, math.nan) for method in methods)
+        ious = [foreground_iou(truth, mask) for mask in masks]
         if not math.isnan(ious[0]):
             found[picture.id] = Example(picture, *ious)
 

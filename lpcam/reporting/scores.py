@@ -9,8 +9,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lpcam.data.dataset import Picture
+from lpcam.data.dataset import Picture, open_image
 from lpcam.evaluation.segmentation import SegmentationResult
+from lpcam.seeds.masks import seed_mask
 from lpcam.seeds.record import SeedRecord, load_seed
 
 AT_BEST = ("miou", "precision", "recall", "fp", "fn")
@@ -51,6 +52,19 @@ class Method:
         """The maps of a picture."""
         return load_seed(self.maps[split] / f"{picture.id}.npz")
 
+    def mask(self, split: str, picture: Picture, otherwise: float) -> np.ndarray:
+        """The mask ``(H, W)`` of a picture at :meth:`threshold`."""
+        seed = self.seed(split, picture)
+        return seed_mask(seed.full_size(), seed.keys, self.threshold(split, otherwise))
+
+
+class MaskMethod(Method):
+    """A way of making masks; instead of seed records its folders hold ``<id>.png``."""
+
+    def mask(self, split: str, picture: Picture, otherwise: float) -> np.ndarray:
+        """The mask ``(H, W)`` of a picture."""
+        return np.asarray(open_image(self.maps[split] / f"{picture.id}.png"))
+
 
 @dataclass(frozen=True)
 class ScoreCell:
@@ -77,7 +91,7 @@ def score_rows(methods: Sequence[Method], split: str, threshold: float) -> list[
         values |= {
             "gain": values["miou"] - table[0]["miou"] if table else math.nan,
             "best_threshold": result.thresholds[result.best],
-            "miou_at_threshold": result.miou[result.index(threshold)],
+            "miou_at_threshold": result.miou_at(threshold),
             "threshold_width": result.threshold_width,
         }
         table.append(values)
@@ -148,9 +162,15 @@ def print_table(
     console = Console()
     for split in dict.fromkeys(split for method in methods for split in method.results):
         scored = [method for method in methods if split in method.results]
-        table = Table("", *(COLUMNS[key][0] for key in shown), title=split)
-        for method, row in zip(scored, score_rows(scored, split, 0), strict=True):
-            cells = [cell for key, cell in zip(COLUMNS, row, strict=True) if key in shown]
+        rows = score_rows(scored, split, 0)
+        keys = [
+            key
+            for key, *cells in zip(COLUMNS, *rows, strict=True)
+            if key in shown and any(cell.text != "n/a" for cell in cells)
+        ]
+        table = Table("", *(COLUMNS[key][0] for key in keys), title=split)
+        for method, row in zip(scored, rows, strict=True):
+            cells = [cell for key, cell in zip(COLUMNS, row, strict=True) if key in keys]
             styled = [f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in cells]
             table.add_row(method.name, *styled)
         console.print(table)

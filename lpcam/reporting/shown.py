@@ -10,7 +10,6 @@ from lpcam.data.dataset import Picture, SegmentationDataset, open_picture
 from lpcam.errors import InputError
 from lpcam.reporting.gallery import PANEL_SIDE
 from lpcam.reporting.scores import Method
-from lpcam.seeds.masks import seed_mask
 from lpcam.visualize import mask_overlay, to_grey, to_image
 
 COUNT = 4
@@ -96,9 +95,7 @@ def show(
         truth = dataset.mask(picture)
         masks = {} if truth is None else {"truth": truth}
         for stage, method in methods.items():
-            seed = method.seed(split, picture)
-            background = method.threshold(split, threshold)
-            masks[stage] = seed_mask(seed.full_size(), seed.keys, background)
+            masks[stage] = method.mask(split, picture, threshold)
         small = {
             # Nearest neighbour: between two class numbers lies no class.
             name: np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))

@@ -194,6 +194,9 @@ def run_name(flat: Mapping[str, Any]) -> str:
     Args:
         flat: The config as :func:`start` logs it.
     """
+    if "segmenter/architecture" in flat:
+        masks = str(flat.get("masks")).rstrip("/").rpartition("/")[2]
+        return f"{flat.get('segmenter')} {flat.get('backbone')} on {masks} seed{flat.get('seed')}"
     if "prototypes/k" not in flat:
         return f"{flat.get('backbone')} {flat.get('classifier')} seed{flat.get('seed')}"
     parts = [

@@ -97,6 +97,8 @@ def _curves(scores: Mapping[str, Mapping[str, SegmentationResult]]) -> dict[str,
     rows: dict[str, list[list[Any]]] = {}
     for stage, by_split in scores.items():
         for split, result in by_split.items():
+            if len(result.thresholds) == 1:  # labels, which no threshold made
+                continue
             columns = [result.thresholds, *(getattr(result, name) for name in CURVE)]
             table = np.stack(columns, 1).tolist()
             rows.setdefault(split, []).extend([stage, *map(_known, row)] for row in table)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lpcam.data.dataset import Picture, SegmentationDataset
+from lpcam.data.dataset import Picture, SegmentationDataset, read_mask
 from lpcam.errors import InputError
+from lpcam.evaluation.labels import LabelScore
 from lpcam.evaluation.segmentation import SegmentationResult, SegmentationScore
 from lpcam.seeds.record import load_seed
 from lpcam.storage.hashing import digest
@@ -86,3 +87,47 @@ def _score(
             for_each(score, pictures, "Scoring")
         for folder, _, total in todo:
             np.save(folder / "histogram.npy", total.histogram)
+
+
+def mask_scores(
+    folders: Mapping[str, Mapping[str, Path]], dataset: SegmentationDataset
+) -> dict[str, dict[str, SegmentationResult]]:
+    """Compare masks with the true ones.
+
+    Args:
+        folders: Folders of ``<id>.png`` by name and split.
+        dataset: Reads the true masks.
+
+    Returns:
+        Scores by name and split; a split of which no picture has a true mask is left out.
+
+    Raises:
+        InputError: A mask cannot be read, or has another size than the true one.
+    """
+    classes = len(dataset.classes)
+    results: dict[str, dict[str, SegmentationResult]] = {name: {} for name in folders}
+    adding = threading.Lock()
+    for split in dict.fromkeys(split for found in folders.values() for split in found):
+        totals = {name: LabelScore(classes) for name in folders if split in folders[name]}
+
+        def score(
+            picture: Picture, split: str = split, totals: dict[str, LabelScore] = totals
+        ) -> None:
+            truth = dataset.mask(picture)
+            if truth is None:
+                return
+            for name, total in totals.items():
+                path = folders[name][split] / f"{picture.id}.png"
+                prediction = read_mask(path, classes)
+                try:
+                    counts = total.count(prediction, truth)
+                except InputError as error:
+                    raise InputError(f"{path}: {error}") from error
+                with adding:
+                    total.confusion += counts
+
+        for_each(score, dataset.pictures(split), f"Scoring {split}")
+        for name, total in totals.items():
+            if total.confusion.any():
+                results[name][split] = total.compute()
+    return results

@@ -11,10 +11,15 @@ T = TypeVar("T")
 
 def is_main_process() -> bool:
     """Whether this is the first, or only, process of the job."""
+    return rank() == 0
+
+
+def rank() -> int:
+    """Which process of the job this is."""
     from pytorch_lightning.utilities import rank_zero_only
 
     # Lightning sets it, from the environment at first and from its trainers later.
-    return bool(vars(rank_zero_only)["rank"] == 0)
+    return int(vars(rank_zero_only)["rank"])
 
 
 def barrier() -> None:

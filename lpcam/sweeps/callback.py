@@ -26,7 +26,7 @@ class SweepCallback(Callback):
             return
         from lpcam.sweeps.planner import plan
 
-        plan(grid(config))
+        plan([job for job in grid(config) if "segmenter" not in job])
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write sweep.csv and sweep.html; end with status 1 if a job failed."""

@@ -18,7 +18,13 @@ METRICS = {
     "threshold_width": ("threshold width", 1, "{:.2f}"),
 }
 SMALL = 0.005  # a difference of mIoU that nobody would choose a setting for
-RESULTS = {"cam": "CAM", "lpcam": "LPCAM", "refined": "refined maps"}
+RESULTS = {
+    "cam": "CAM",
+    "lpcam": "LPCAM",
+    "refined": "refined maps",
+    "segmented": "networks",
+    "segmented_crf": "networks with a CRF",
+}
 
 
 class Sweep:
@@ -83,6 +89,26 @@ class Sweep:
     def baseline(self, jobs: Iterable[Job]) -> float:
         """Mean mIoU of CAM over the jobs that have it, or NaN."""
         return average(job.baseline(self.split) for job in jobs)
+
+    @property
+    def mask_splits(self) -> list[str]:
+        """Splits on which the masks that networks learnt from are scored."""
+        keys = [key for job in self.done for key in job.metrics if key.endswith("/masks/miou")]
+        return list(dict.fromkeys(key.split("/")[0] for key in keys))
+
+    def share(self, job: Job) -> float:
+        """MIoU as a share of that of full supervision, or NaN.
+
+        That is the network which learnt from the true masks and differs in nothing else.
+        """
+        others = [axis for axis in self.axes if axis.key != "masks"]
+        ceiling = average(
+            other.score(self.split, "miou")
+            for other in self.done
+            if other.values.get("masks") == "truth"
+            and all(other.value(axis) == job.value(axis) for axis in others)
+        )
+        return job.score(self.split, "miou") / ceiling
 
     @property
     def stages(self) -> list[str]:

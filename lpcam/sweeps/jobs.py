@@ -50,9 +50,10 @@ class Job:
         return self.values.get(axis.key, DEFAULT)
 
     def stage(self, split: str) -> str:
-        """The stage that is compared: ``refined`` if it has scores, else what masks come from."""
-        if f"{split}/refined/miou" in self.metrics:
-            return "refined"
+        """The stage that is compared: the last that has scores, else what masks come from."""
+        for stage in ("segmented_crf", "segmented", "refined"):
+            if f"{split}/{stage}/miou" in self.metrics:
+                return stage
         return "cam" if self.values.get("refiner.source") == "cam" else "lpcam"
 
     def score(self, split: str, metric: str) -> float:

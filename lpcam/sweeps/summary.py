@@ -8,8 +8,9 @@ import hashlib
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -28,6 +29,7 @@ from lpcam.sweeps.charts import charts, named_axes
 from lpcam.sweeps.figures import draw_panels, shorten
 from lpcam.sweeps.findings import (
     Sweep,
+    average,
     best_in_words,
     class_ious,
     command_of,
@@ -205,14 +207,24 @@ def _save_gallery(
     save_png(draw_gallery(f"Pseudo masks, {sweep.split}", drawn), path)
 
 
+def _masks(split: str, jobs: Sequence[Job]) -> float:
+    """Mean mIoU of the masks that networks learnt from."""
+    return average(job.metrics.get(f"{split}/masks/miou", math.nan) for job in jobs)
+
+
 def print_summary(summary: Summary) -> None:
     """Print the best settings, what failed and why, and where the page is."""
     sweep, console = summary.sweep, Console()
     table = Table(*(escape(axis.key) for axis in sweep.factors), title=f"mIoU (%) on {sweep.split}")
-    for heading in ("mIoU", "CAM"):
+    columns: dict[str, Callable[[list[Job]], float]] = {"mIoU": sweep.mean, "CAM": sweep.baseline}
+    if sweep.mask_splits:
+        del columns["CAM"]
+        columns |= {f"masks of {name}": partial(_masks, name) for name in sweep.mask_splits}
+        columns["of full supervision"] = lambda jobs: average(map(sweep.share, jobs))
+    for heading in columns:
         table.add_column(heading, justify="right")
     for place, jobs in list(sweep.settings.items())[:PRINTED]:
-        numbers = (100 * sweep.mean(jobs), 100 * sweep.baseline(jobs))
+        numbers = [100 * value(jobs) for value in columns.values()]
         cells = ("" if math.isnan(value) else f"{value:.1f}" for value in numbers)
         table.add_row(*(escape(brief(text)) for text in place), *cells)
     if sweep.settings:
@@ -265,7 +277,7 @@ def _dataset(folder: Path) -> SegmentationDataset | None:
         if path is None:
             raise InputError(f"{folder}: no job has a config.yaml")
         dataset: SegmentationDataset = build(OmegaConf.load(path).dataset)
-        dataset.prepare()
+        dataset.prepare(labelled=False)
     except (*USER_ERRORS, OSError, AttributeError, yaml.YAMLError) as error:
         print(f"no pictures: {error}", file=sys.stderr)
         return None

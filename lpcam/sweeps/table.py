@@ -50,6 +50,10 @@ def job_table(sweep: Sweep) -> tuple[list[str], list[tuple[Job, list[JobCell]]]]
         100 * (job.score(split, "miou") - job.baseline(split))
     )
     columns.insert(1, ("against CAM (points)", 1, "{:+.1f}", gain))
+    for name in sweep.mask_splits:
+        columns.append((f"masks of {name} (%)", 1, "{:.1f}", _masks(name)))
+    if sweep.mask_splits:
+        columns.append(("of full supervision (%)", 1, "{:.1f}", lambda job: 100 * sweep.share(job)))
     columns.append(("best threshold", 0, "{:.2f}", _metric(split, "best_threshold", 1)))
     columns.append(("seconds", -1, "{:,.1f}", lambda job: job.seconds.get("total", math.nan)))
     jobs = sorted(sweep.jobs, key=lambda job: _last(-job.score(split, "miou")))
@@ -70,6 +74,10 @@ def job_table(sweep: Sweep) -> tuple[list[str], list[tuple[Job, list[JobCell]]]]
 
 def _metric(split: str, name: str, factor: float) -> Callable[[Job], float]:
     return lambda job: factor * job.score(split, name)
+
+
+def _masks(split: str) -> Callable[[Job], float]:
+    return lambda job: 100 * job.metrics.get(f"{split}/masks/miou", math.nan)
 
 
 def _last(value: float) -> float:

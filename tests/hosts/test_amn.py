@@ -20,7 +20,7 @@ LABELS = torch.tensor([[1.0, 0, 1]])
 
 def make(folder: Path, **options: object) -> AMN:
     host = AMN(build_backbone("test_resnet", None), 3, dilations=[1, 2], **options).eval()
-    for layer in host.layers:
+    for layer in host.head.branches:
         nn.init.normal_(layer.weight, std=0.2)
     seeds = np.zeros((64, 96), np.uint8)
     seeds[:32, 16:80] = 1
@@ -45,7 +45,7 @@ def test_scores_are_averaged_before_the_softmax(tmp_path: Path) -> None:
         factor = (host.condition.weight @ LABELS[0] + host.condition.bias)[:, None, None]
         plain, mirrored = (host.backbone(x)[0] * factor for x in (view, view.flip(3)))
         features.append(torch.stack([plain, mirrored.flip(2)]))
-        both = [host.logits(plain[None]), host.logits(mirrored[None]).flip(3)]
+        both = [host.head(plain[None]), host.head(mirrored[None]).flip(3)]
         scores += [F.interpolate(one, (4, 6), mode="bilinear") for one in both]
     mean = torch.stack(scores).mean(0)[0].numpy()
     inside = np.zeros((4, 6), bool)

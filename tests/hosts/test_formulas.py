@@ -80,7 +80,7 @@ def test_amns_smoothing_is_undone() -> None:
 
 def amn_host(**options: object) -> AMN:
     host = AMN(build_backbone("test_resnet", None), 3, **options).eval()
-    for layer in host.layers:
+    for layer in host.head.branches:
         nn.init.normal_(layer.weight, std=0.05)
         nn.init.normal_(layer.bias)
     return host
@@ -91,13 +91,13 @@ def test_amns_convolutions_and_their_kernel_sum(dtype: torch.dtype, tolerance: f
     rates = [1, 2, 3]
     host = amn_host(dilations=rates).to(dtype)
     weights, biases = (
-        [getattr(layer, name).detach().double().numpy() for layer in host.layers]
+        [getattr(layer, name).detach().double().numpy() for layer in host.head.branches]
         for name in ("weight", "bias")
     )
     features = np.random.default_rng(4).normal(size=(96, 7, 8))
     expected = amn.responses(features, weights, biases, rates)
     with torch.no_grad():
-        found = host.logits(torch.tensor(features, dtype=dtype)[None])[0].double().numpy()
+        found = host.head(torch.tensor(features, dtype=dtype)[None])[0].double().numpy()
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=10 * tolerance)
 
         # In the middle of a constant map no tap falls outside.
@@ -117,7 +117,7 @@ def test_amns_convolutions_and_their_kernel_sum(dtype: torch.dtype, tolerance: f
 def test_amn_can_be_sure_in_spite_of_its_smoothing() -> None:
     """A pixel classifier that fits its smoothed targets gives a class the probability 1."""
     host = amn_host(dilations=[1])
-    (layer,) = host.layers
+    (layer,) = host.head.branches
     layer.weight.data.zero_()
     layer.bias.data = torch.tensor([0.4 / 3, 0.6, 0.4 / 3, 0.4 / 3]).log()
     assert float(class_score(host, torch.randn(1, 96), 0)) > 0.999

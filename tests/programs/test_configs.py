@@ -101,6 +101,23 @@ def test_a_host_brings_what_lpcam_needs_in_it() -> None:
     assert own["thresholds"]["activation"] == 0.4
 
 
+@pytest.mark.parametrize("program", ["train", "infer"])
+def test_networks_for_segmentation_have_the_same_keys(program: str) -> None:
+    found = [
+        config(program, "task=segmentation", f"segmenter={path.stem}")
+        for path in sorted((CONF / "segmenter").glob("*.yaml"))
+    ]
+    assert len(found) == 3
+    assert all(cfg["segmenter"].keys() == found[0]["segmenter"].keys() for cfg in found)
+    assert not any("classifier" in cfg for cfg in found)
+
+
+def test_train_and_infer_agree_on_the_network_for_segmentation() -> None:
+    train, infer = (config(program, "task=segmentation") for program in ("train", "infer"))
+    for group in ("dataset", "backbone", "segmenter", "masks", "seed", "paths"):
+        assert train[group] == infer[group]
+
+
 def test_train_and_infer_agree_on_the_classifier() -> None:
     """Otherwise infer.py would look for another classifier than train.py leaves."""
     train, infer = config("train"), config("infer")
