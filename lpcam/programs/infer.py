@@ -17,8 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from lpcam.programs.done import clear, done_metrics, headline, look_again, write_done
 from lpcam.programs.entry import job, run
 from lpcam.programs.folders import CONF
-
-MAKING_MAPS = ("maps", "prototypes", "thresholds", "inference", "refiner")
+from lpcam.programs.options import for_task
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="infer")
@@ -26,9 +25,7 @@ MAKING_MAPS = ("maps", "prototypes", "thresholds", "inference", "refiner")
 def infer(cfg: DictConfig) -> float | None:
     """Run every stage; return the mIoU on the last split, of refined maps where there are any."""
     start = time.perf_counter()
-    if "segmenter" in cfg:
-        # A task could leave out by itself only the groups that train.py has, too.
-        cfg = OmegaConf.masked_copy(cfg, [str(n) for n in cfg if n not in MAKING_MAPS])
+    cfg = for_task(cfg)
     output, last = Path(cfg.paths.output), cfg.dataset.map_splits[-1]
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     report = cfg.report

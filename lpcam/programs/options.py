@@ -6,11 +6,14 @@ Imports nothing heavy: they are checked before anything else is done.
 from typing import Annotated
 
 import pydantic
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from lpcam.programs.build import settings
 from lpcam.settings import CHECKED, Names, Seed, Text
+
+# What a segmentation network has no part in; a task of Hydra's could not leave out all of it.
+MAKING_MAPS = ("classifier", "maps", "prototypes", "thresholds", "inference", "refiner")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
@@ -52,3 +55,10 @@ def options(cfg: DictConfig) -> Options:
     """
     # The seeds of groups are theirs: the first node that has a name gives its value.
     return settings(Options, cfg, cfg.paths, cfg.dataset)
+
+
+def for_task(cfg: DictConfig) -> DictConfig:
+    """A config without the groups that its task has no part in."""
+    if "segmenter" not in cfg:
+        return cfg
+    return OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name not in MAKING_MAPS])

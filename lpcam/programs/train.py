@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from lpcam.programs.build import build, trainer_maker
 from lpcam.programs.entry import choices, job, run
 from lpcam.programs.folders import CONF
+from lpcam.programs.options import for_task
 
 if TYPE_CHECKING:
     from lpcam.models.training import MakeTrainer
@@ -47,6 +48,7 @@ def train(cfg: DictConfig) -> float | None:
     from lpcam.storage.files import write_json
     from lpcam.storage.ranks import is_main_process
 
+    cfg = for_task(cfg)
     prepare = _segmenter if "segmenter" in cfg else _classifier
     training = prepare(cfg, trainer_maker(cfg.trainer))
     output, was_done, logger = Path(cfg.paths.output), training.stage.done, None

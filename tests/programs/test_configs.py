@@ -12,6 +12,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from lpcam.programs.build import ALLOWED_MODULES
+from lpcam.programs.options import MAKING_MAPS, for_task
 from lpcam.stages.batches import Fitting
 from tests.conftest import ROOT
 
@@ -109,7 +110,9 @@ def test_networks_for_segmentation_have_the_same_keys(program: str) -> None:
     ]
     assert len(found) == 3
     assert all(cfg["segmenter"].keys() == found[0]["segmenter"].keys() for cfg in found)
-    assert not any("classifier" in cfg for cfg in found)
+    left = for_task(OmegaConf.create(found[0]))
+    assert not set(MAKING_MAPS) & set(left)
+    assert {"segmenter", "masks", "dataset", "backbone"} <= set(left)
 
 
 def test_train_and_infer_agree_on_the_network_for_segmentation() -> None:
