@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import pydantic
+import torch
 from pydantic import AfterValidator, Field
 from pytorch_lightning.callbacks import Callback
 
@@ -98,5 +99,7 @@ def predict(
         enable_checkpointing=False,
         inference_mode=not host.needs_gradients,
     )
-    trainer.predict(host.for_inference(), loader, return_predictions=False)
+    # Whether a pass was needed, or its result was there, must not decide what a training draws next.
+    with torch.random.fork_rng(devices=[]):
+        trainer.predict(host.for_inference(), loader, return_predictions=False)
     trainer.strategy.barrier()

@@ -17,6 +17,7 @@ from lpcam.models.backbones import build_backbone
 from lpcam.models.classifier import Classifier
 from lpcam.stages.classifier import classifier_stage
 from lpcam.storage.store import Stage
+from lpcam.sweeps.jobs import read_jobs
 from tests.conftest import ROOT, TINY, TINY_INFER, TINY_TRAIN, at
 
 
@@ -56,6 +57,21 @@ def test_what_is_done_is_done_once_unless_it_was_deleted(program, root: Path) ->
         (root / "infer" / gone).unlink()
         assert not again(program, root)
         assert len((root / "infer" / gone).read_bytes()) == pytest.approx(len(before), rel=0.05)
+    assert again(program, root)
+
+
+@pytest.mark.parametrize("name", ["DONE.json", "metrics.json", "config.yaml"])
+def test_a_record_that_was_edited_is_not_believed(program, root: Path, name: str) -> None:
+    again(program, root)
+    before = metrics(root)
+    path = root / "infer" / name
+    text = path.read_text()
+    value = str(before["val/lpcam/miou"]) if name != "config.yaml" else "0.3"
+    assert value in text
+    path.write_text(text.replace(value, "0.99"))
+    assert read_jobs(root)[0].status == ("failed" if name == "DONE.json" else "done")
+    assert not again(program, root)
+    assert metrics(root) == before
     assert again(program, root)
 
 
