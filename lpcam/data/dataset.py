@@ -234,7 +234,9 @@ def is_turned(image: Image.Image) -> bool:
 def fingerprint(pictures: Sequence[Picture]) -> str:
     """Hash what a computation sees of these pictures: ids, labels, and the files' size and time.
 
-    Reading every byte would cost more than some stages do; a file that changes gets a new time.
+    Reading every byte would cost more than some stages do; a file that changes gets a new time. One
+    that is touched or copied gets one too: that makes a stage again, which costs time, where hashes
+    of contents would need a list of them to be kept whole beside every data set.
     """
     rows = []
     for picture in pictures:

@@ -25,7 +25,8 @@ from lpcam.stages.features import FeatureLimit, features, read_features
 from lpcam.stages.passes import feature_bytes
 from lpcam.storage.files import write_json
 from lpcam.storage.ranks import is_main_process
-from lpcam.storage.store import Stage
+from lpcam.storage.hashing import digest
+from lpcam.storage.store import Stage, results
 
 Side = Annotated[int, Field(ge=1, le=8192)]
 
@@ -84,8 +85,26 @@ def trained_checkpoint(stage: Stage, command: str) -> Path:
         InputError: It is not trained yet.
     """
     if not stage.done:
-        raise InputError(f"no classifier for these settings; train it first:  {command}")
+        why = ""
+        if other := _on_other_pictures(stage):
+            why = (
+                ": the pictures are others than in its training, or were touched (the size or the "
+                f"time of a file differs); if they show the same give ckpt={other}"
+            )
+        raise InputError(f"no classifier for these settings{why}; train it first:  {command}")
     return stage.folder / "last.ckpt"
+
+
+def _on_other_pictures(stage: Stage) -> Path | None:
+    """The checkpoint of a classifier that differs in nothing but the files of its pictures."""
+    wanted = digest({**stage.inputs, "pictures": None})
+    found = [
+        result
+        for result in results(stage.folder.parents[1], stage.name)
+        if digest({**result["inputs"], "pictures": None}) == wanted
+    ]
+    newest = min(found, key=lambda result: float(result["age"]), default=None)
+    return newest["folder"] / "last.ckpt" if newest else None
 
 
 def train(

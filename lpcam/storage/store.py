@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from lpcam.storage.files import write_json
+from lpcam.storage.files import remove_temporary, write_json
 from lpcam.storage.hashing import digest
 from lpcam.storage.ranks import agree, barrier, is_main_process
 
@@ -121,7 +121,9 @@ class Stage:
                 for name in ("manifest.json", *_differing(self.folder)):
                     (self.folder / name).unlink(missing_ok=True)
                 self.folder.rename(self._partial)
-        if not resume:
+        if resume:
+            remove_temporary(self._partial)
+        else:
             shutil.rmtree(self._partial, ignore_errors=True)
 
 
@@ -201,30 +203,32 @@ def _size(folder: Path) -> int:
     return sum(_sizes(folder).values())
 
 
-def results(root: Path) -> list[dict[str, Any]]:
+def results(root: Path, stage: str = "*") -> list[dict[str, Any]]:
     """What lies in a store, the largest first.
 
     Args:
         root: The store's folder.
+        stage: Only results of this kind.
 
     Returns:
         For each result its ``folder``, ``stage``, ``bytes``, ``age`` in days, ``inputs``, and
         whether it is ``whole``; inputs of a result that is not are empty.
     """
     found = []
-    for folder in root.glob("*/*/"):
-        whole = folder.suffix != ".partial" and not damage(folder)
-        inputs = json.loads((folder / "manifest.json").read_text())["inputs"] if whole else {}
-        found.append(
-            {
-                "folder": folder,
-                "stage": folder.parent.name,
-                "bytes": _size(folder),
-                "age": (time.time() - folder.stat().st_mtime) / 86400,
-                "inputs": inputs,
-                "whole": whole,
-            }
-        )
+    for folder in root.glob(f"{stage}/*/"):
+        with contextlib.suppress(FileNotFoundError):  # a run finished it meanwhile, or a prune
+            whole = folder.suffix != ".partial" and not damage(folder)
+            inputs = json.loads((folder / "manifest.json").read_text())["inputs"] if whole else {}
+            found.append(
+                {
+                    "folder": folder,
+                    "stage": folder.parent.name,
+                    "bytes": _size(folder),
+                    "age": (time.time() - folder.stat().st_mtime) / 86400,
+                    "inputs": inputs,
+                    "whole": whole,
+                }
+            )
     return sorted(found, key=lambda result: -result["bytes"])
 
 
@@ -247,6 +251,9 @@ def verify(root: Path) -> dict[Path, list[str]]:
 def prune(root: Path, *, stage: str | None = None, days: float = 0, partial: bool = False) -> int:
     """Delete results; a run that needs one makes it again.
 
+    What a run is making at this moment stays. One that reads what is deleted ends with a line, and
+    goes on where it was when it is started again.
+
     Args:
         root: The store's folder.
         stage: Only results of this kind.
@@ -257,13 +264,14 @@ def prune(root: Path, *, stage: str | None = None, days: float = 0, partial: boo
         Bytes that were freed.
     """
     freed = 0
-    for result in results(root):
+    for result in results(root, stage or "*"):
         folder = result["folder"]
-        if result["age"] < days or stage not in (None, result["stage"]):
+        if result["age"] < days or (partial and result["whole"]):
             continue
-        if partial and result["whole"]:
-            continue
-        with FileLock(folder.parent / f"{folder.stem}.lock"):
+        with (
+            contextlib.suppress(Timeout, FileNotFoundError),
+            FileLock(folder.parent / f"{folder.stem}.lock", timeout=0),
+        ):
             shutil.rmtree(folder)
-        freed += result["bytes"]
+            freed += result["bytes"]
     return freed

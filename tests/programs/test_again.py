@@ -1,6 +1,7 @@
 """The same run again: what is done is not repeated, and what has changed is not believed."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,22 @@ def test_other_data_is_looked_at_anew(program, root: Path, what: str) -> None:
     other.save(path)
     assert not done()
     assert (root / "voc" / "metrics.json").read_text() != before
+
+
+def test_touched_pictures_are_said_to_be_the_reason(program, root: Path) -> None:
+    (tree,) = root.glob("data/shapes/seed0-*[0-9a-f]")
+    (checkpoint,) = root.glob("store/classifier/*/last.ckpt")
+    program("train", *TINY, *TINY_TRAIN, *at(root, "train"))  # its data lies elsewhere than before
+    (tree / "JPEGImages" / "train_00003.jpg").touch()
+    outcome = program("infer", *TINY, *TINY_INFER, *at(root, "touched"))
+    assert outcome.status == 1
+    (line,) = outcome.stderr.splitlines()
+    assert "or were touched" in line
+    (given,) = re.findall(r"give (ckpt=\S+);", line)
+    assert given == f"ckpt={checkpoint}"
+    assert "train it first:  python train.py" in line
+    outcome = program("infer", *TINY, *TINY_INFER, given, "report=false", *at(root, "touched"))
+    assert outcome.status == 0, outcome.stderr
 
 
 def test_another_checkpoint_under_the_same_name(program, root: Path) -> None:

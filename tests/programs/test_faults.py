@@ -1,6 +1,7 @@
 """What is wrong with files, disks and data ends in one line that names it."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -204,6 +205,20 @@ def test_a_full_disk(program: Any, small_disk: Any, tree: Path, tmp_path: Path) 
     line = only_line(program("train", *settings, f"paths.store={disk}"))
     assert line.startswith(f"error: {disk}")
     assert line.endswith(": No space left on device; free some space, or set paths.root elsewhere")
+
+
+def test_a_process_that_decodes_pictures_is_killed(
+    program: Any, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the system does when memory is short."""
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("lpcam.data.loaders.open_picture", die)
+    settings = (*QUICK, f"dataset.root={tree}", *at(tmp_path), "num_workers=1")
+    line = only_line(program("train", *settings))
+    assert line.startswith("error: num_workers=1: a process that decodes pictures was killed")
 
 
 def test_a_library_that_cannot_write(
