@@ -24,8 +24,8 @@ from lpcam.settings import CHECKED, Count, Pair
 from lpcam.stages.features import FeatureLimit, features, read_features
 from lpcam.stages.passes import feature_bytes
 from lpcam.storage.files import write_json
-from lpcam.storage.ranks import is_main_process
 from lpcam.storage.hashing import digest
+from lpcam.storage.ranks import is_main_process
 from lpcam.storage.store import Stage, results
 
 Side = Annotated[int, Field(ge=1, le=8192)]

@@ -99,7 +99,7 @@ def predict(
         enable_checkpointing=False,
         inference_mode=not host.needs_gradients,
     )
-    # Whether a pass was needed, or its result was there, must not decide what a training draws next.
+    # Whether a pass was needed or its result was there must not decide what a training draws.
     with torch.random.fork_rng(devices=[]):
         trainer.predict(host.for_inference(), loader, return_predictions=False)
     trainer.strategy.barrier()
