@@ -1,5 +1,6 @@
 """What every network that is trained here shares: the schedule, and going on after a kill."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,18 @@ class _RandomNumbers(Callback):
             torch.cuda.set_rng_state(state_dict["cuda"].cpu())
 
 
+def _readable(checkpoint: Path) -> bool:
+    """Whether a checkpoint is there to go on from; one that was cut or altered is not."""
+    if not checkpoint.is_file():
+        return False
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        print(f"{checkpoint}: damaged ({type(error).__name__}): trained anew", file=sys.stderr)
+        return False
+    return True
+
+
 def fit(
     make_trainer: MakeTrainer,
     module: pl.LightningModule,
@@ -137,7 +150,7 @@ def fit(
         callbacks=[checkpoint, _Diverged(lr_setting), _RandomNumbers(), *callbacks],
     )
     last = folder / "last.ckpt"
-    resume = str(last) if last.is_file() else None
+    resume = str(last) if _readable(last) else None
     train, val = loaders(trainer.world_size)
     try:
         trainer.fit(module, train, val, ckpt_path=resume, weights_only=True)

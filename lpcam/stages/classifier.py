@@ -23,6 +23,7 @@ from lpcam.models.training import MakeTrainer, fit, per_process
 from lpcam.settings import CHECKED, Count, Pair
 from lpcam.stages.features import FeatureLimit, features, read_features
 from lpcam.stages.passes import feature_bytes
+from lpcam.storage.arrays import stored
 from lpcam.storage.files import write_json
 from lpcam.storage.hashing import digest
 from lpcam.storage.ranks import is_main_process
@@ -159,7 +160,8 @@ def train(
 
 def trained_metrics(stage: Stage) -> dict[str, float]:
     """Metrics of the last epoch of a host that is trained."""
-    metrics: dict[str, float] = json.loads((stage.folder / "metrics.json").read_text())
+    with stored(stage.folder / "metrics.json") as path:
+        metrics: dict[str, float] = json.loads(path.read_text())
     return metrics
 
 

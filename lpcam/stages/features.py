@@ -17,6 +17,7 @@ from lpcam.models.training import MakeTrainer
 from lpcam.settings import CHECKED
 from lpcam.stages.callbacks import FeatureCallback
 from lpcam.stages.passes import ViewSettings, feature_bytes, predict
+from lpcam.storage.arrays import read_arrays, stored
 from lpcam.storage.ranks import agree
 from lpcam.storage.store import Stage
 
@@ -107,5 +108,5 @@ def features(
 
 def read_features(stage: Stage, picture: Picture, name: str) -> np.ndarray:
     """One array of one picture from a features stage, see :class:`FeatureCallback`."""
-    with np.load(stage.folder / f"{picture.id}.npz", allow_pickle=False) as file:
-        return file[name]
+    with stored(stage.folder / f"{picture.id}.npz") as path:
+        return read_arrays(path, name)[name]

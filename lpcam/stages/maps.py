@@ -18,7 +18,7 @@ from lpcam.settings import CHECKED, Count, Share
 from lpcam.stages.callbacks import LPCAMCallback, write_maps
 from lpcam.stages.finer import finer_features, read_finer
 from lpcam.stages.passes import ViewSettings, feature_bytes, predict
-from lpcam.storage.arrays import read_arrays
+from lpcam.storage.arrays import read_arrays, stored
 from lpcam.storage.hashing import tensors_digest
 from lpcam.storage.parallel import for_each
 from lpcam.storage.ranks import agree, is_main_process
@@ -170,7 +170,8 @@ def _maps_from_kept(
             return
         with open_image(picture.path, decode=False) as image:
             size = (image.height, image.width)
-        kept = read_arrays(views.folder / f"{picture.id}.npz")
+        with stored(views.folder / f"{picture.id}.npz") as path:
+            kept = read_arrays(path)
         features = [torch.from_numpy(scale)[None, None].float() for scale in kept.values()]
         labels = torch.from_numpy(multi_hot([picture], num_classes)).bool()
         stages = [read_finer(finer, picture.id)] if finer else None

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lpcam.errors import InputError
 from lpcam.models.training import fit, per_process, polynomial
+from tests.malice import Malicious
 from tests.refiners.learning import trainer_maker
 
 
@@ -152,6 +153,23 @@ def test_a_training_that_diverges_ends_and_leaves_nothing_to_go_on_from(
         with pytest.raises(InputError, match=rf"^here\.lr: training diverged in epoch {epoch}, "):
             fit(trainer_maker(), Steep(), tmp_path, loaders(), epochs=9, lr_setting="here.lr")
         assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("harm", ["cut", "emptied", "pickled"])
+def test_a_checkpoint_that_cannot_be_gone_on_from(tmp_path: Path, capsys, harm: str) -> None:
+    expected = fit(trainer_maker(), Line(), tmp_path / "whole", loaders(), epochs=2)
+    (tmp_path / "cut").mkdir()
+    last = tmp_path / "cut" / "last.ckpt"
+    if harm == "pickled":
+        torch.save({"state_dict": Malicious(tmp_path / "harm")}, last)
+    else:
+        data = (tmp_path / "whole" / "last.ckpt").read_bytes()
+        last.write_bytes(data[:-1000] if harm == "cut" else b"")
+    assert fit(trainer_maker(), Line(), tmp_path / "cut", loaders(), epochs=2) == expected
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if str(last) in x]
+    assert "damaged" in line
+    assert "trained anew" in line
+    assert not (tmp_path / "harm").exists()
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
