@@ -119,12 +119,10 @@ def _checked(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     try:
         return function(cfg)
     except Exception as error:
-        if "DataLoader worker" in str(
-            error
-        ):  # "... is killed by signal", "... exited unexpectedly"
+        if "DataLoader worker" in str(error):  # was killed by a signal, or exited unexpectedly
             raise InputError(
-                f"num_workers={cfg.num_workers}: a process that decodes pictures was killed, as for "
-                "want of memory; lower it, and see whether /dev/shm is full"
+                f"num_workers={cfg.num_workers}: a process that decodes pictures was killed, as "
+                "for want of memory; lower it, and see whether /dev/shm is full"
             ) from error
         if isinstance(error, InputError) or getattr(error, "filename", None) is not None:
             raise

@@ -35,11 +35,13 @@ def npy(shape: tuple[int, ...], content: bytes = b"", kind: str = "|b1") -> byte
 def bomb(path: Path, name: str) -> None:
     """1.2 GB in a file of a megabyte."""
     block = bytes(10**7)
-    with ZipFile(path, "w", ZIP_DEFLATED, compresslevel=1) as archive:
-        with archive.open(name, "w", force_zip64=True) as file:
-            file.write(npy((120, 10**4, 10**3)))
-            for _ in range(120):
-                file.write(block)
+    with (
+        ZipFile(path, "w", ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open(name, "w", force_zip64=True) as file,
+    ):
+        file.write(npy((120, 10**4, 10**3)))
+        for _ in range(120):
+            file.write(block)
 
 
 def objects(path: Path, name: str) -> None:
@@ -116,7 +118,7 @@ def test_safetensors(tmp_path: Path, header: Any, load: Any) -> None:
 )
 def test_only_classes_are_called(target: Any) -> None:
     for value in ({"_target_": target}, {"a": [{"b": {"_target_": target, "x": 1}}]}):
-        with pytest.raises(InputError, match="^_target_=") as caught:
+        with pytest.raises(InputError, match=r"^_target_=") as caught:
             check_targets(value)
         assert "\n" not in str(caught.value)
 
