@@ -290,6 +290,9 @@ class Run:
             for split, result in by_split.items()
             for key, value in result.metrics(self.dataset.classes, backgrounds[name]).items()
         }
+        for split in self.dataset.map_splits:
+            if skipped := self.dataset.skipped.get(split):
+                metrics[f"{split}/skipped"] = len(skipped)
         methods = {
             name: Method(
                 title,

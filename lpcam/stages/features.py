@@ -16,7 +16,7 @@ from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer
 from lpcam.settings import CHECKED
 from lpcam.stages.callbacks import FeatureCallback
-from lpcam.stages.passes import ViewSettings, feature_bytes, predict
+from lpcam.stages.passes import ViewSettings, check_space, feature_bytes, predict
 from lpcam.storage.arrays import read_arrays, stored
 from lpcam.storage.ranks import agree
 from lpcam.storage.store import Stage
@@ -91,6 +91,8 @@ def features(
             )
     with stage.build(resume=True, together=True) as folder:
         if folder:
+            if local:
+                check_space(folder, host, pictures, [1.0])
             others = [scale for scale in sampled.scales if scale != 1] if sampled else []
             predict(
                 make_trainer,

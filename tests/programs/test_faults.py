@@ -1,5 +1,6 @@
 """What is wrong with files, disks and data ends in one line that names it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -162,6 +163,37 @@ def test_check_warns_of_pictures_that_want_to_be_turned(check: Any, tree: Path) 
     (line,) = outcome.stderr.splitlines()
     assert line.startswith("warning: train: 2 pictures have an EXIF orientation (000, 002); it is ")
     assert check_split(Folder(tree), "train").turned == ["000", "002"]
+
+
+def test_broken_pictures_are_left_out_and_come_back_when_they_are_mended(
+    program: Any, tree: Path, tmp_path: Path
+) -> None:
+    run = (*QUICK, f"dataset.root={tree}", "dataset.on_error=skip", *at(tmp_path))
+    infer = [o for o in INFER if not o.startswith("report")]
+    whole = {path: path.read_bytes() for path in (tree / "images").iterdir()}
+    for name in ("001", "v000"):
+        path = tree / "images" / f"{name}.jpg"
+        path.write_bytes(whole[path][:300])
+    for name, options in (("train", []), ("infer", infer)):
+        outcome = program(name, *run, *options)
+        assert outcome.status == 0, outcome.stderr
+        assert "warning: train: 1 of 4 pictures left out: " in outcome.stderr
+        assert "warning: val: 1 of 2 pictures left out: " in outcome.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["val/skipped"] == 1
+    assert [path.stem for path in (tmp_path / "run" / "maps").iterdir()] == ["v001"]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert report.count("<td>v000</td>") == report.count("<td>001</td>") == 1
+    assert "Already done" in program("infer", *run, *infer).stdout
+
+    for path, data in whole.items():
+        path.write_bytes(data)
+    for name, options in (("train", []), ("infer", infer)):
+        outcome = program(name, *run, *options)
+        assert outcome.status == 0, outcome.stderr
+        assert "left out" not in outcome.stderr
+    assert len(list((tmp_path / "run" / "maps").iterdir())) == 2
+    assert "skipped" not in (tmp_path / "run" / "metrics.json").read_text()
 
 
 def test_a_training_that_diverges_leaves_nothing(program: Any, tree: Path, tmp_path: Path) -> None:
