@@ -260,10 +260,8 @@ def open_image(path: Path | IO[bytes], *, decode: bool = True) -> Image.Image:
         if decode:
             image.load()
     except Exception as error:  # of a dozen kinds, from the decoders' parts
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"{path}: not a readable image ({reason}); restore or remove it"
-        ) from error
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: not a readable image ({why}); restore or remove it") from error
     return image
 
 

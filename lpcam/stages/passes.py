@@ -19,8 +19,8 @@ from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer
 from lpcam.settings import CHECKED, Scale
 
-# Bytes of a forward pass for each pixel of a view, as EfficientNet-Lite0 takes them on a CPU; a pass
-# over 2000x2000 pixels and their mirror image was seen to take 587, which is twice as many.
+# Bytes of a forward pass for each pixel of a view, as EfficientNet-Lite0 takes them on a CPU: 587
+# were seen with 2000x2000 pixels and their mirror image, 286 without it.
 PASS_BYTES = 290
 
 
