@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from lpcam.storage.files import remove_temporary, write_json
 from lpcam.storage.hashing import digest
+from lpcam.storage.locks import locked
 from lpcam.storage.ranks import agree, barrier, is_main_process
 
 
@@ -81,7 +82,7 @@ class Stage:
         """
         finishes = not together or is_main_process()
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder.with_suffix(".lock"))
+        lock = locked(self.folder.with_suffix(".lock"))
         with lock if finishes and not self.done else contextlib.nullcontext():
             if agree(self.done) if together else self.done:
                 yield None
@@ -270,7 +271,7 @@ def prune(root: Path, *, stage: str | None = None, days: float = 0, partial: boo
             continue
         with (
             contextlib.suppress(Timeout, FileNotFoundError),
-            FileLock(folder.parent / f"{folder.stem}.lock", timeout=0),
+            locked(folder.parent / f"{folder.stem}.lock", timeout=0),
         ):
             shutil.rmtree(folder)
             freed += result["bytes"]
