@@ -19,6 +19,7 @@ from lpcam.models.classifier import Classifier
 from lpcam.stages.classifier import classifier_stage
 from lpcam.storage.store import Stage
 from lpcam.sweeps.jobs import read_jobs
+from tests import golden
 from tests.conftest import ROOT, TINY, TINY_INFER, TINY_TRAIN, at
 
 
@@ -48,6 +49,16 @@ def again(program, root: Path, *options: str) -> bool:
 
 def metrics(root: Path) -> dict[str, float]:
     return json.loads((root / "infer" / "metrics.json").read_text())
+
+
+def test_the_figures_have_not_moved(finished: Path) -> None:
+    """If they had to, write them anew with ``python -m tests.golden`` and say why in CHANGELOG.md.
+
+    Other versions of torch round otherwise; a figure moves by less than this for that.
+    """
+    found = json.loads((finished / "infer" / "metrics.json").read_text())
+    assert found == pytest.approx(json.loads(golden.FILE.read_text()), abs=0.01)
+    assert all(np.isfinite(value) for value in found.values())
 
 
 def test_what_is_done_is_done_once_unless_it_was_deleted(program, root: Path) -> None:

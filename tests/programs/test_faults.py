@@ -15,6 +15,7 @@ from PIL import Image
 
 from lpcam.data.folder import Folder
 from lpcam.programs.check import check_split, main
+from lpcam.storage.store import verify
 from tests.conftest import Outcome, at
 from tests.data.trees import draw_samples, write_folder
 
@@ -237,6 +238,21 @@ def test_a_full_disk(program: Any, small_disk: Any, tree: Path, tmp_path: Path) 
     line = only_line(program("train", *settings, f"paths.store={disk}"))
     assert line.startswith(f"error: {disk}")
     assert line.endswith(": No space left on device; free some space, or set paths.root elsewhere")
+
+
+def test_a_full_disk_costs_nothing_once_there_is_room(
+    program: Any, small_disk: Any, tree: Path, tmp_path: Path
+) -> None:
+    disk = small_disk(700)
+    settings = (*QUICK, f"dataset.root={tree}", *at(tmp_path), f"paths.store={disk}")
+    assert "No space left on device" in only_line(program("train", *settings))
+    assert not [path for path in disk.rglob(".*") if path.is_file()]
+    assert not any(verify(disk).values())
+    subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+    for name, options in (("train", ()), ("infer", INFER)):
+        outcome = program(name, *settings, *options)
+        assert outcome.status == 0, outcome.stderr
+    assert not any(verify(disk).values())
 
 
 def test_a_process_that_decodes_pictures_is_killed(
