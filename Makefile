@@ -16,10 +16,10 @@ API := $(addprefix lpcam.,explain.explainer explain.feature_layers explain.views
 	prototypes.prototype_set prototypes.head prototypes.kmeans prototypes.centers \
 	prototypes.selection visualize functional evaluation models.backbones models.host)
 
-.PHONY: help demo test lint format docs clean
+.PHONY: help demo test test-all lint format docs clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 demo: $(VENV)/installed ## train, map and score on the embedded data; ends with a table and a report
 	$(RUN) train.py hydra.run.dir=outputs/demo/train
@@ -28,6 +28,9 @@ demo: $(VENV)/installed ## train, map and score on the embedded data; ends with 
 # In the order of the files: the long ones lie in the middle, so that no core waits at the end.
 test: $(VENV)/installed-dev ## run the tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-all: $(VENV)/installed-dev ## run the tests and those that take long
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
 
 lint: $(VENV)/installed-dev ## check style and types
 	$(VENV)/bin/ruff check .

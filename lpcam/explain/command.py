@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from lpcam.models.backbones import Backbone
 
 
+def _count(text: str) -> int:
+    """A number of things, at least one."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
 def model_options() -> argparse.ArgumentParser:
     """The options that say which model and which prototypes."""
     options = argparse.ArgumentParser(add_help=False)
@@ -29,7 +37,9 @@ def model_options() -> argparse.ArgumentParser:
     options.add_argument("--prototypes", required=True, type=Path, help="what LPCAM.save wrote")
     options.add_argument("--weights", default="imagenet", help="imagenet, or a file of weights")
     options.add_argument("--ckpt", type=Path, help="checkpoint of train.py, for a run's prototypes")
-    options.add_argument("--side", default=512, type=int, help="shrink longer sides to so many px")
+    options.add_argument(
+        "--side", default=512, type=_count, help="shrink longer sides to so many px"
+    )
     return options
 
 
@@ -41,7 +51,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
     command.add_argument("--output", default="overlays", type=Path, help="folder of the overlays")
     command.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="what to map")
-    command.add_argument("--top", default=1, type=int, help="or map so many best-scored classes")
+    command.add_argument("--top", default=1, type=_count, help="or map so many best-scored classes")
     command.add_argument("--aggregate", default="mean", help="mean, max, topk or lse")
     command.add_argument("--multi-scale", action="store_true", help="the paper's eight views")
     text = "serve a page to upload pictures to, on this machine only"

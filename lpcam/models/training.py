@@ -1,11 +1,13 @@
 """What every network that is trained here shares: the schedule, and going on after a kill."""
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
@@ -127,6 +129,35 @@ class _Diverged(Callback):
             )
 
 
+class _RandomNumbers(Callback):
+    """Keeps the state of torch's generators in checkpoints: a resumed training draws on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        on_gpu = torch.cuda.is_available()
+        return {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if on_gpu else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning loads it before the first batches are drawn, for it counts them.
+        torch.set_rng_state(state_dict["cpu"].cpu())
+        if state_dict["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state_dict["cuda"].cpu())
+
+
+def _readable(checkpoint: Path) -> bool:
+    """Whether a checkpoint is there to go on from; one that was cut or altered is not."""
+    if not checkpoint.is_file():
+        return False
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        print(f"{checkpoint}: damaged ({type(error).__name__}): trained anew", file=sys.stderr)
+        return False
+    return True
+
+
 def fit(
     make_trainer: MakeTrainer,
     module: pl.LightningModule,
@@ -160,17 +191,21 @@ def fit(
         InputError: Training diverged. Its checkpoint is gone then.
     """
     checkpoint = ModelCheckpoint(
-        folder, "last", enable_version_counter=False, every_n_epochs=validate_every
+        folder,
+        "last",
+        enable_version_counter=False,
+        every_n_epochs=validate_every,
+        save_on_train_epoch_end=True,  # after validation, and nothing is drawn before the next
     )
     trainer = make_trainer(
         max_epochs=epochs,
         check_val_every_n_epoch=validate_every,
         num_sanity_val_steps=0,
         logger=logger or False,
-        callbacks=[checkpoint, _Diverged(lr_setting), *callbacks],
+        callbacks=[checkpoint, _Diverged(lr_setting), _RandomNumbers(), *callbacks],
     )
     last = folder / "last.ckpt"
-    resume = str(last) if last.is_file() else None
+    resume = str(last) if _readable(last) else None
     train, val = loaders(trainer.world_size)
     try:
         trainer.fit(module, train, val, ckpt_path=resume, weights_only=True)

@@ -15,6 +15,7 @@ from lpcam.errors import InputError
 from lpcam.settings import CHECKED, Text, make, wrong_value
 
 ALLOWED_MODULES = ("lpcam", "pytorch_lightning")
+FUNCTIONS = ("lpcam.reporting.tracking.wandb_logger",)
 T = TypeVar("T")
 
 
@@ -49,7 +50,7 @@ def build(node: DictConfig, *arguments: Any, without: Collection[str] = ()) -> A
             is not called.
     """
     described = {name: value for name, value in _plain(node).items() if name not in without}
-    _check_targets(described)
+    check_targets(described)
     if arguments:
         described["_partial_"] = False
     try:
@@ -114,25 +115,34 @@ def settings(kind: Callable[..., T], *nodes: DictConfig) -> T:
     return make(kind, values, lambda name: keys.get(name, name))
 
 
-def _check_targets(value: Any) -> None:
+def check_targets(value: Any) -> None:
+    """Make sure of every ``_target_`` in a plain value.
+
+    Only classes are called: among the functions of this package are some that delete folders.
+
+    Raises:
+        InputError: One is no class of the allowed modules.
+    """
     if isinstance(value, list):
         for item in value:
-            _check_targets(item)
+            check_targets(item)
     if not isinstance(value, Mapping):
         return
     for item in value.values():
-        _check_targets(item)
+        check_targets(item)
     target = value.get("_target_")
     if target is None:
         return
     allowed = str(target).split(".")[0] in ALLOWED_MODULES
     if allowed:
         try:
-            # A module of ours that imports os would make os reachable under our name.
-            origin = str(get_object(target).__module__).split(".")[0]
-            allowed = origin in ALLOWED_MODULES
+            found = get_object(target)
         except Exception as error:
             raise InputError(f"_target_={target}: no such class; correct the name") from error
+        # A module of ours that imports os would make os reachable under our name.
+        module = str(getattr(found, "__module__", ""))
+        allowed = module.split(".")[0] in ALLOWED_MODULES and module != "pytorch_lightning.cli"
+        allowed = allowed and (isinstance(found, type) or target in FUNCTIONS)
     if not allowed:
         raise InputError(
             f"_target_={target}: refused, only classes of {' and '.join(ALLOWED_MODULES)} are "

@@ -22,7 +22,6 @@ from lpcam.data.dataset import (
     SegmentationDataset,
     is_turned,
     multi_hot,
-    open_picture,
 )
 from lpcam.data.files import abbreviate
 from lpcam.errors import InputError
@@ -93,18 +92,8 @@ def check_split(dataset: SegmentationDataset, split: str) -> SplitCheck:
 
 def _check_picture(dataset: SegmentationDataset, picture: Picture) -> tuple[bool, bool, str]:
     """Whether a picture has a mask, and an EXIF orientation; what is wrong with it, or nothing."""
-    try:
-        image = open_picture(picture.path)
-        mask = dataset.mask(picture)
-    except InputError as error:
-        return False, False, str(error)
-    problem = ""
-    if mask is not None and mask.shape[::-1] != image.size:
-        problem = (
-            f"{picture.path}: picture of {image.width}x{image.height} pixels, mask of "
-            f"{mask.shape[1]}x{mask.shape[0]}; give it its own mask"
-        )
-    return mask is not None, is_turned(image), problem
+    image, mask, problem = dataset.look(picture)
+    return mask is not None, image is not None and is_turned(image), problem
 
 
 def print_tables(dataset: SegmentationDataset, checks: dict[str, SplitCheck]) -> None:

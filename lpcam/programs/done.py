@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from lpcam.errors import InputError
 from lpcam.programs.build import build
 from lpcam.storage.files import write_json
-from lpcam.storage.hashing import digest
+from lpcam.storage.hashing import digest, file_digest
 from lpcam.storage.store import Stage
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def done_metrics(
     """
     try:
         done = json.loads((output / "DONE.json").read_text())
-        metrics: dict[str, float] = done["metrics"]
+        metrics = checked_metrics(done)
         if report and "report.html" not in done["outputs"]:
             return None
         if done["config"] == _config_digest(config) and done["outputs"] == _outputs(output):
@@ -54,6 +55,19 @@ def done_metrics(
     except (OSError, ValueError, KeyError, TypeError):  # InputError is a ValueError
         pass
     return None
+
+
+def checked_metrics(done: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that a record holds, if they are those that the run wrote.
+
+    Raises:
+        InputError: They were altered since.
+        KeyError: There are none.
+    """
+    metrics: dict[str, float] = done["metrics"]
+    if done["check"] != digest(metrics):
+        raise InputError("DONE.json: its metrics were altered; delete it and run again")
+    return metrics
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:
@@ -110,9 +124,11 @@ def _files(value: Any) -> Iterator[Path]:
         yield from (file for file in found if file.is_file())
 
 
-def _outputs(output: Path) -> dict[str, int]:
-    """What lies in a run's folder: files of a folder, or 1 for a file."""
-    found = {name: 1 for name in FILES if (output / name).is_file()}
+def _outputs(output: Path) -> dict[str, int | str]:
+    """What lies in a run's folder: the number of files in a folder, or the hash of a file."""
+    found: dict[str, int | str] = {
+        name: file_digest(output / name) for name in FILES if (output / name).is_file()
+    }
     for name, suffix in FOLDERS.items():
         if (output / name).is_dir():
             found[name] = sum(path.suffix == suffix for path in (output / name).iterdir())
@@ -167,6 +183,7 @@ def write_done(
         "outputs": _outputs(output),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "metrics": dict(metrics),
+        "check": digest(dict(metrics)),
     }
     write_json(output / "DONE.json", done)
 

@@ -23,12 +23,14 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lpcam.errors import InputError
 from lpcam.programs.folders import PROJECT
+from lpcam.programs.foreign import check_folders, check_secrets
 from lpcam.programs.options import options
 
-USER_ERRORS = (InputError, HydraException, OmegaConfBaseException, OSError)
+USER_ERRORS = (InputError, HydraException, OmegaConfBaseException, YAMLError, OSError)
 FAILED = "FAILED.txt"  # a failed job's one line, in its folder
 
 
@@ -51,10 +53,12 @@ def run(main: Callable[[], Any]) -> None:
     advice = "many workers|number of training batches|infer the batch indices|LeafSpec|in eval mode"
     warnings.filterwarnings("ignore", f".*({advice}).*")
     if _wants_traceback():
+        check_folders(sys.argv[1:])
         main()
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints many lines and exits by itself
     try:
+        check_folders(sys.argv[1:])
         main()
     except USER_ERRORS as error:
         _exit(error)
@@ -109,11 +113,17 @@ def _checked(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         InputError: An option is wrong.
         OSError: No space is left; its file is a folder of the config's.
     """
+    check_secrets(cfg)
     found = options(cfg)
     os.makedirs(found.output, exist_ok=True)  # where it cannot be, say so at once
     try:
         return function(cfg)
     except Exception as error:
+        if "DataLoader worker" in str(error):  # was killed by a signal, or exited unexpectedly
+            raise InputError(
+                f"num_workers={cfg.num_workers}: a process that decodes pictures was killed, as "
+                "for want of memory; lower it, and see whether /dev/shm is full"
+            ) from error
         if isinstance(error, InputError) or getattr(error, "filename", None) is not None:
             raise
         # A failing write knows no file, and libraries have errors of their own for it.

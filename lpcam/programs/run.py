@@ -298,6 +298,9 @@ class Run:
         }
         if self.localisation:
             metrics |= localisation(self.store, maps, self.dataset)
+        for split in self.dataset.map_splits:
+            if skipped := self.dataset.skipped.get(split):
+                metrics[f"{split}/skipped"] = len(skipped)
         methods = {
             name: Method(
                 title,

@@ -127,6 +127,7 @@ def write_report(
         examples=examples,
         prototypes=_by_class(prototypes, patches),
         seconds=seconds,
+        skipped=dataset.skipped,
         method_colours=COLOURS,
         class_colours=class_colours(len(classes)),
         heat_scale=heat_scale(),

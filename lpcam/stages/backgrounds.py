@@ -9,6 +9,7 @@ import numpy as np
 from lpcam.data.dataset import Picture, fingerprint, open_picture
 from lpcam.seeds.record import load_seed
 from lpcam.seeds.threshold import STEPS, chosen_score, foreground_shares, parting
+from lpcam.storage.arrays import stored
 from lpcam.storage.parallel import for_each
 from lpcam.storage.store import Stage
 
@@ -54,10 +55,11 @@ def backgrounds(
             for_each(look, range(len(chosen)), "Choosing thresholds")
         for folder, _, rows in todo:
             np.save(folder / "parted.npy", rows.sum(0))
-    return {
-        name: chosen_score(np.load(stages[stage.key].folder / "parted.npy", allow_pickle=False))
-        for name, stage in maps.items()
-    }
+    found = {}
+    for name, stage in maps.items():
+        with stored(stages[stage.key].folder / "parted.npy") as path:
+            found[name] = chosen_score(np.load(path, allow_pickle=False))
+    return found
 
 
 def matched_background(

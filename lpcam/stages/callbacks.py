@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lpcam.data.loaders import ViewBatch
+from lpcam.errors import InputError
 from lpcam.functional import normalize_maps
 from lpcam.models.host import Host
 from lpcam.prototypes.maps import HostViews, MapMaker, sampled_maps
@@ -70,6 +71,7 @@ class FeatureCallback(BasePredictionWriter):
                 else:
                     maps = normalize_maps(scales[0][0])
                 arrays["maps"] = maps.float().cpu().numpy()
+            check_finite(image_id, *arrays.values())
             buffer = io.BytesIO()
             np.savez(buffer, **arrays)
             write_atomically(self.folder / f"{image_id}.npz", buffer.getvalue())
@@ -135,9 +137,23 @@ class LPCAMCallback(BasePredictionWriter):
         self._writing.finish()
 
 
+def check_finite(image_id: str, *arrays: np.ndarray) -> None:
+    """Make sure that neither NaN nor infinity gets into a file.
+
+    Raises:
+        InputError: One would.
+    """
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise InputError(
+            f"{image_id}: features or maps are no finite numbers; the weights hold some that are "
+            "none, or values overflow: see trainer.precision"
+        )
+
+
 def _write_features(folder: Path, ids: Sequence[str], scales: Sequence[np.ndarray]) -> None:
     """Write the features ``(B, D, h, w)`` of each scale, a file a picture."""
     for place, image_id in enumerate(ids):
+        check_finite(image_id, *[features[place] for features in scales])
         buffer = io.BytesIO()
         np.savez(buffer, *[features[place] for features in scales])
         write_atomically(folder / f"{image_id}.npz", buffer.getvalue())
@@ -164,5 +180,6 @@ def write_maps(
         values = stacked.half().cpu().numpy()
         for image_id, shown, end in zip(ids, labels.cpu(), ends, strict=True):
             keys = shown.nonzero()[:, 0].numpy()
+            check_finite(image_id, values[end - len(keys) : end])
             record = SeedRecord(keys, values[end - len(keys) : end], size)
             save_seed(folder / f"{image_id}.npz", record)

@@ -11,6 +11,7 @@ from lpcam.models.host import Host
 from lpcam.prototypes.centers import Centers, Clustering, fit_centers
 from lpcam.prototypes.local_features import Draw, draw_pictures
 from lpcam.stages.features import read_features
+from lpcam.storage.arrays import stored
 from lpcam.storage.hashing import digest
 from lpcam.storage.store import Stage
 
@@ -76,4 +77,5 @@ def centers(
                 chosen=chosen,
                 progress=True,
             ).save(folder / "centers.safetensors")
-    return stage, Centers.load(stage.folder / "centers.safetensors")
+    with stored(stage.folder / "centers.safetensors") as path:
+        return stage, Centers.load(path)

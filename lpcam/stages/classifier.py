@@ -13,9 +13,11 @@ from lpcam.models.backbones import Backbone
 from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer, fit
 from lpcam.stages.batches import Fitting, loaders
+from lpcam.storage.arrays import stored
 from lpcam.storage.files import write_json
+from lpcam.storage.hashing import digest
 from lpcam.storage.ranks import is_main_process
-from lpcam.storage.store import Stage
+from lpcam.storage.store import Stage, results
 
 
 def classifier_stage(
@@ -65,8 +67,26 @@ def trained_checkpoint(stage: Stage, command: str) -> Path:
         InputError: It is not trained yet.
     """
     if not stage.done:
-        raise InputError(f"no classifier for these settings; train it first:  {command}")
+        why = ""
+        if other := _on_other_pictures(stage):
+            why = (
+                ": the pictures are others than in its training, or were touched (the size or the "
+                f"time of a file differs); if they show the same give ckpt={other}"
+            )
+        raise InputError(f"no classifier for these settings{why}; train it first:  {command}")
     return stage.folder / "last.ckpt"
+
+
+def _on_other_pictures(stage: Stage) -> Path | None:
+    """The checkpoint of a classifier that differs in nothing but the files of its pictures."""
+    wanted = digest({**stage.inputs, "pictures": None})
+    found = [
+        result
+        for result in results(stage.folder.parents[1], stage.name)
+        if digest({**result["inputs"], "pictures": None}) == wanted
+    ]
+    newest = min(found, key=lambda result: float(result["age"]), default=None)
+    return newest["folder"] / "last.ckpt" if newest else None
 
 
 def train(
@@ -117,5 +137,6 @@ def train(
 
 def trained_metrics(stage: Stage) -> dict[str, float]:
     """Metrics of the last epoch of a host that is trained."""
-    metrics: dict[str, float] = json.loads((stage.folder / "metrics.json").read_text())
+    with stored(stage.folder / "metrics.json") as path:
+        metrics: dict[str, float] = json.loads(path.read_text())
     return metrics

@@ -16,7 +16,8 @@ from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer
 from lpcam.settings import CHECKED
 from lpcam.stages.callbacks import FeatureCallback
-from lpcam.stages.passes import ViewSettings, feature_bytes, predict
+from lpcam.stages.passes import ViewSettings, check_space, feature_bytes, predict
+from lpcam.storage.arrays import read_arrays, stored
 from lpcam.storage.ranks import agree
 from lpcam.storage.store import Stage
 
@@ -90,6 +91,8 @@ def features(
             )
     with stage.build(resume=True, together=True) as folder:
         if folder:
+            if local:
+                check_space(folder, host, pictures, [1.0])
             others = [scale for scale in sampled.scales if scale != 1] if sampled else []
             predict(
                 make_trainer,
@@ -107,5 +110,5 @@ def features(
 
 def read_features(stage: Stage, picture: Picture, name: str) -> np.ndarray:
     """One array of one picture from a features stage, see :class:`FeatureCallback`."""
-    with np.load(stage.folder / f"{picture.id}.npz", allow_pickle=False) as file:
-        return file[name]
+    with stored(stage.folder / f"{picture.id}.npz") as path:
+        return read_arrays(path, name)[name]

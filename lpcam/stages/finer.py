@@ -12,11 +12,10 @@ from torch import Tensor
 
 from lpcam.data.dataset import Picture, fingerprint
 from lpcam.data.loaders import ViewBatch, view_loader
-from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
 from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer
-from lpcam.storage.arrays import DAMAGE, read_arrays
+from lpcam.storage.arrays import read_arrays, stored
 from lpcam.storage.files import write_atomically
 from lpcam.storage.store import Stage
 
@@ -69,13 +68,8 @@ def read_finer(stage: Stage, image_id: str) -> Tensor:
     Raises:
         InputError: The file is missing or damaged.
     """
-    path = stage.folder / f"{image_id}.npz"
-    try:
+    with stored(stage.folder / f"{image_id}.npz") as path:
         return torch.from_numpy(read_arrays(path)["stage"]).float()
-    except DAMAGE as error:
-        raise InputError(
-            f"{path}: not readable features ({error}); lpcam store verify deletes them"
-        ) from error
 
 
 class _Stage(pl.LightningModule):

@@ -17,8 +17,8 @@ from lpcam.prototypes.maps import HostViews, MapMaker, MapSetting, Propagation
 from lpcam.settings import CHECKED, Count, Share
 from lpcam.stages.callbacks import LPCAMCallback, write_maps
 from lpcam.stages.finer import finer_features, read_finer
-from lpcam.stages.passes import ViewSettings, feature_bytes, predict
-from lpcam.storage.arrays import read_arrays
+from lpcam.stages.passes import ViewSettings, check_space, feature_bytes, predict
+from lpcam.storage.arrays import read_arrays, stored
 from lpcam.storage.hashing import tensors_digest
 from lpcam.storage.parallel import for_each
 from lpcam.storage.ranks import agree, is_main_process
@@ -113,6 +113,8 @@ def maps(
         ):
             # Where another process is making them this waits, and finds them done.
             kept = stack.enter_context(views.build(resume=True, together=True)) or views.folder
+            if kept != views.folder:
+                check_space(kept, host, pictures, inference.scales)
         maker = MapMaker(
             wanted, eps=inference.eps, factors=inference.scales, rounded=kept is not None
         )
@@ -174,7 +176,8 @@ def _maps_from_kept(
             return
         with open_image(picture.path, decode=False) as image:
             size = (image.height, image.width)
-        kept = read_arrays(views.folder / f"{picture.id}.npz")
+        with stored(views.folder / f"{picture.id}.npz") as path:
+            kept = read_arrays(path)
         features = [torch.from_numpy(scale)[None, None].float() for scale in kept.values()]
         labels = torch.from_numpy(multi_hot([picture], num_classes)).bool()
         stages = [read_finer(finer, picture.id)] if finer else None

@@ -12,6 +12,7 @@ from lpcam.errors import InputError
 from lpcam.evaluation.labels import LabelScore
 from lpcam.evaluation.segmentation import SegmentationResult, SegmentationScore
 from lpcam.seeds.record import load_seed
+from lpcam.storage.arrays import stored
 from lpcam.storage.hashing import digest
 from lpcam.storage.parallel import for_each
 from lpcam.storage.store import Stage
@@ -47,8 +48,8 @@ def scores(
         _score(stages, found, dataset, pictures)
         for name, by_split in maps.items():
             total = SegmentationScore(len(dataset.classes))
-            file = stages[by_split[split].key].folder / "histogram.npy"
-            total.histogram = np.load(file, allow_pickle=False)
+            with stored(stages[by_split[split].key].folder / "histogram.npy") as path:
+                total.histogram = np.load(path, allow_pickle=False)
             results[name][split] = total.compute()
     return results
 

@@ -68,7 +68,7 @@ def _print_results(root: Path, stage: str | None) -> None:
     table = Table("stage", "key", "made from")
     for heading in ("MB", "days"):
         table.add_column(heading, justify="right")
-    shown = [result for result in results(root) if stage in (None, result["stage"])]
+    shown = results(root, stage or "*")
     for result in shown:
         inputs = ", ".join(f"{key}={value}" for key, value in result["inputs"].items())
         table.add_row(

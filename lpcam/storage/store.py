@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from filelock import FileLock
+from filelock import Timeout
 
-from lpcam.storage.files import write_json
+from lpcam.storage.files import remove_temporary, write_json
 from lpcam.storage.hashing import digest
+from lpcam.storage.locks import locked
 from lpcam.storage.ranks import agree, barrier, is_main_process
 
 
@@ -81,7 +82,7 @@ class Stage:
         """
         finishes = not together or is_main_process()
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder.with_suffix(".lock"))
+        lock = locked(self.folder.with_suffix(".lock"))
         with lock if finishes and not self.done else contextlib.nullcontext():
             if agree(self.done) if together else self.done:
                 yield None
@@ -121,7 +122,9 @@ class Stage:
                 for name in ("manifest.json", *_differing(self.folder)):
                     (self.folder / name).unlink(missing_ok=True)
                 self.folder.rename(self._partial)
-        if not resume:
+        if resume:
+            remove_temporary(self._partial)
+        else:
             shutil.rmtree(self._partial, ignore_errors=True)
 
 
@@ -201,30 +204,32 @@ def _size(folder: Path) -> int:
     return sum(_sizes(folder).values())
 
 
-def results(root: Path) -> list[dict[str, Any]]:
+def results(root: Path, stage: str = "*") -> list[dict[str, Any]]:
     """What lies in a store, the largest first.
 
     Args:
         root: The store's folder.
+        stage: Only results of this kind.
 
     Returns:
         For each result its ``folder``, ``stage``, ``bytes``, ``age`` in days, ``inputs``, and
         whether it is ``whole``; inputs of a result that is not are empty.
     """
     found = []
-    for folder in root.glob("*/*/"):
-        whole = folder.suffix != ".partial" and not damage(folder)
-        inputs = json.loads((folder / "manifest.json").read_text())["inputs"] if whole else {}
-        found.append(
-            {
-                "folder": folder,
-                "stage": folder.parent.name,
-                "bytes": _size(folder),
-                "age": (time.time() - folder.stat().st_mtime) / 86400,
-                "inputs": inputs,
-                "whole": whole,
-            }
-        )
+    for folder in root.glob(f"{stage}/*/"):
+        with contextlib.suppress(FileNotFoundError):  # a run finished it meanwhile, or a prune
+            whole = folder.suffix != ".partial" and not damage(folder)
+            inputs = json.loads((folder / "manifest.json").read_text())["inputs"] if whole else {}
+            found.append(
+                {
+                    "folder": folder,
+                    "stage": folder.parent.name,
+                    "bytes": _size(folder),
+                    "age": (time.time() - folder.stat().st_mtime) / 86400,
+                    "inputs": inputs,
+                    "whole": whole,
+                }
+            )
     return sorted(found, key=lambda result: -result["bytes"])
 
 
@@ -247,6 +252,9 @@ def verify(root: Path) -> dict[Path, list[str]]:
 def prune(root: Path, *, stage: str | None = None, days: float = 0, partial: bool = False) -> int:
     """Delete results; a run that needs one makes it again.
 
+    What a run is making at this moment stays. One that reads what is deleted ends with a line, and
+    goes on where it was when it is started again.
+
     Args:
         root: The store's folder.
         stage: Only results of this kind.
@@ -257,13 +265,14 @@ def prune(root: Path, *, stage: str | None = None, days: float = 0, partial: boo
         Bytes that were freed.
     """
     freed = 0
-    for result in results(root):
+    for result in results(root, stage or "*"):
         folder = result["folder"]
-        if result["age"] < days or stage not in (None, result["stage"]):
+        if result["age"] < days or (partial and result["whole"]):
             continue
-        if partial and result["whole"]:
-            continue
-        with FileLock(folder.parent / f"{folder.stem}.lock"):
+        with (
+            contextlib.suppress(Timeout, FileNotFoundError),
+            locked(folder.parent / f"{folder.stem}.lock", timeout=0),
+        ):
             shutil.rmtree(folder)
-        freed += result["bytes"]
+            freed += result["bytes"]
     return freed

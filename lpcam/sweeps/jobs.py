@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from lpcam.errors import InputError
+from lpcam.programs.done import checked_metrics
 
 DONE, FAILED, MISSING = "done", "failed", "missing"
 DEFAULT = "default"  # stands where a job does not override what others do
@@ -144,6 +145,8 @@ def _read_job(folder: Path) -> Job:
             seconds = _numbers(record.get("seconds"))
             if "metrics" not in record and (folder / "metrics.json").is_file():
                 record = {"metrics": _read_json(folder / "metrics.json")}
+            if "check" in record:  # earlier versions wrote none
+                checked_metrics(record)
             metrics = _numbers(record.get("metrics"))
         except InputError as error:
             status = FAILED

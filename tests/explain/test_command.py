@@ -189,3 +189,16 @@ def test_the_program_runs_and_a_mistyped_option_ends_with_2() -> None:
     assert (helped.returncode, mistyped.returncode) == (0, 2)
     assert "--prototypes" in helped.stdout
     assert "Traceback" not in mistyped.stderr
+
+
+@pytest.mark.parametrize("option", ["--top=0", "--side=0", "--side=-5", "--top=two"])
+def test_a_number_that_cannot_be_ends_with_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        explain(folder, option)
+    assert ended.value.code == 2
+    name, _, value = option.partition("=")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {name}: " in line
+    assert value in line

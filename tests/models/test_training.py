@@ -8,10 +8,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lpcam.errors import InputError
 from lpcam.models.training import fit, per_process, polynomial
+from tests.malice import Malicious
 from tests.refiners.learning import trainer_maker
 
 
@@ -152,3 +153,67 @@ def test_a_training_that_diverges_ends_and_leaves_nothing_to_go_on_from(
         with pytest.raises(InputError, match=rf"^here\.lr: training diverged in epoch {epoch}, "):
             fit(trainer_maker(), Steep(), tmp_path, loaders(), epochs=9, lr_setting="here.lr")
         assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("harm", ["cut", "emptied", "pickled"])
+def test_a_checkpoint_that_cannot_be_gone_on_from(tmp_path: Path, capsys, harm: str) -> None:
+    expected = fit(trainer_maker(), Line(), tmp_path / "whole", loaders(), epochs=2)
+    (tmp_path / "cut").mkdir()
+    last = tmp_path / "cut" / "last.ckpt"
+    if harm == "pickled":
+        torch.save({"state_dict": Malicious(tmp_path / "harm")}, last)
+    else:
+        data = (tmp_path / "whole" / "last.ckpt").read_bytes()
+        last.write_bytes(data[:-1000] if harm == "cut" else b"")
+    assert fit(trainer_maker(), Line(), tmp_path / "cut", loaders(), epochs=2) == expected
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if str(last) in x]
+    assert "damaged" in line
+    assert "trained anew" in line
+    assert not (tmp_path / "harm").exists()
+
+
+class Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """Examples with noise that is drawn as crops are, from torch's own generator."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x = torch.full((3,), index / 12) + torch.rand(3)
+        return x, x.sum(0, keepdim=True)
+
+
+class Chance(Line):
+    """Drops features out, and has BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 1))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return 0.01 * super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("validate_every", "first"), [(1, 9), (2, 6), (4, 0)])
+def test_a_killed_training_draws_what_it_would_have_drawn(
+    tmp_path: Path, validate_every: int, first: int, workers: int
+) -> None:
+    def shuffled(processes: int) -> tuple[Any, Any]:
+        train = DataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=workers)
+        return train, DataLoader(Noisy(), batch_size=4)
+
+    settings = {"epochs": 6, "validate_every": validate_every}
+    whole, killed, resumed = Chance(), Chance(), Chance()
+    torch.manual_seed(1)
+    expected = fit(trainer_maker(), whole, tmp_path / "whole", shuffled, **settings)
+    torch.manual_seed(1)
+    with pytest.raises(KilledError):
+        fit(trainer_maker(Kill(10)), killed, tmp_path / "cut", shuffled, **settings)
+    # Without a checkpoint the same start; with one, whatever was drawn before.
+    torch.manual_seed(2 if first else 1)
+    found = fit(trainer_maker(), resumed, tmp_path / "cut", shuffled, **settings)
+    assert resumed.rates[0][0] == first
+    assert found == expected
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)

@@ -1,6 +1,7 @@
 """The same run again: what is done is not repeated, and what has changed is not believed."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from lpcam.models.backbones import build_backbone
 from lpcam.models.classifier import Classifier
 from lpcam.stages.classifier import classifier_stage
 from lpcam.storage.store import Stage
+from lpcam.sweeps.jobs import read_jobs
+from tests import golden
 from tests.conftest import ROOT, TINY, TINY_INFER, TINY_TRAIN, at
 
 
@@ -48,6 +51,16 @@ def metrics(root: Path) -> dict[str, float]:
     return json.loads((root / "infer" / "metrics.json").read_text())
 
 
+def test_the_figures_have_not_moved(finished: Path) -> None:
+    """If they had to, write them anew with ``python -m tests.golden`` and say why in CHANGELOG.md.
+
+    Other versions of torch round otherwise; a figure moves by less than this for that.
+    """
+    found = json.loads((finished / "infer" / "metrics.json").read_text())
+    assert found == pytest.approx(json.loads(golden.FILE.read_text()), abs=0.01)
+    assert all(np.isfinite(value) for value in found.values())
+
+
 def test_what_is_done_is_done_once_unless_it_was_deleted(program, root: Path) -> None:
     assert not again(program, root)  # its data lies elsewhere than when it was finished
     assert again(program, root)
@@ -56,6 +69,21 @@ def test_what_is_done_is_done_once_unless_it_was_deleted(program, root: Path) ->
         (root / "infer" / gone).unlink()
         assert not again(program, root)
         assert len((root / "infer" / gone).read_bytes()) == pytest.approx(len(before), rel=0.05)
+    assert again(program, root)
+
+
+@pytest.mark.parametrize("name", ["DONE.json", "metrics.json", "config.yaml"])
+def test_a_record_that_was_edited_is_not_believed(program, root: Path, name: str) -> None:
+    again(program, root)
+    before = metrics(root)
+    path = root / "infer" / name
+    text = path.read_text()
+    value = str(before["val/lpcam/miou"]) if name != "config.yaml" else "0.3"
+    assert value in text
+    path.write_text(text.replace(value, "0.99"))
+    assert read_jobs(root)[0].status == ("failed" if name == "DONE.json" else "done")
+    assert not again(program, root)
+    assert metrics(root) == before
     assert again(program, root)
 
 
@@ -95,6 +123,22 @@ def test_other_data_is_looked_at_anew(program, root: Path, what: str) -> None:
     other.save(path)
     assert not done()
     assert (root / "voc" / "metrics.json").read_text() != before
+
+
+def test_touched_pictures_are_said_to_be_the_reason(program, root: Path) -> None:
+    (tree,) = root.glob("data/shapes/seed0-*[0-9a-f]")
+    (checkpoint,) = root.glob("store/classifier/*/last.ckpt")
+    program("train", *TINY, *TINY_TRAIN, *at(root, "train"))  # its data lies elsewhere than before
+    (tree / "JPEGImages" / "train_00003.jpg").touch()
+    outcome = program("infer", *TINY, *TINY_INFER, *at(root, "touched"))
+    assert outcome.status == 1
+    (line,) = outcome.stderr.splitlines()
+    assert "or were touched" in line
+    (given,) = re.findall(r"give (ckpt=\S+);", line)
+    assert given == f"ckpt={checkpoint}"
+    assert "train it first:  python train.py" in line
+    outcome = program("infer", *TINY, *TINY_INFER, given, "report=false", *at(root, "touched"))
+    assert outcome.status == 0, outcome.stderr
 
 
 def test_another_checkpoint_under_the_same_name(program, root: Path) -> None:

@@ -1,6 +1,8 @@
 """What is wrong with files, disks and data ends in one line that names it."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from PIL import Image
 
 from lpcam.data.folder import Folder
 from lpcam.programs.check import check_split, main
+from lpcam.storage.store import verify
 from tests.conftest import Outcome, at
 from tests.data.trees import draw_samples, write_folder
 
@@ -163,6 +166,37 @@ def test_check_warns_of_pictures_that_want_to_be_turned(check: Any, tree: Path) 
     assert check_split(Folder(tree), "train").turned == ["000", "002"]
 
 
+def test_broken_pictures_are_left_out_and_come_back_when_they_are_mended(
+    program: Any, tree: Path, tmp_path: Path
+) -> None:
+    run = (*QUICK, f"dataset.root={tree}", "dataset.on_error=skip", *at(tmp_path))
+    infer = [o for o in INFER if not o.startswith("report")]
+    whole = {path: path.read_bytes() for path in (tree / "images").iterdir()}
+    for name in ("001", "v000"):
+        path = tree / "images" / f"{name}.jpg"
+        path.write_bytes(whole[path][:300])
+    for name, options in (("train", []), ("infer", infer)):
+        outcome = program(name, *run, *options)
+        assert outcome.status == 0, outcome.stderr
+        assert "warning: train: 1 of 4 pictures left out: " in outcome.stderr
+        assert "warning: val: 1 of 2 pictures left out: " in outcome.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["val/skipped"] == 1
+    assert [path.stem for path in (tmp_path / "run" / "maps").iterdir()] == ["v001"]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert report.count("<td>v000</td>") == report.count("<td>001</td>") == 1
+    assert "Already done" in program("infer", *run, *infer).stdout
+
+    for path, data in whole.items():
+        path.write_bytes(data)
+    for name, options in (("train", []), ("infer", infer)):
+        outcome = program(name, *run, *options)
+        assert outcome.status == 0, outcome.stderr
+        assert "left out" not in outcome.stderr
+    assert len(list((tmp_path / "run" / "maps").iterdir())) == 2
+    assert "skipped" not in (tmp_path / "run" / "metrics.json").read_text()
+
+
 def test_a_training_that_diverges_leaves_nothing(program: Any, tree: Path, tmp_path: Path) -> None:
     rates = ("classifier.lr=1e6", "classifier.head_lr_factor=1e6", "classifier.epochs=40")
     for _ in range(2):  # nor does a second try find anything to go on from
@@ -204,6 +238,35 @@ def test_a_full_disk(program: Any, small_disk: Any, tree: Path, tmp_path: Path) 
     line = only_line(program("train", *settings, f"paths.store={disk}"))
     assert line.startswith(f"error: {disk}")
     assert line.endswith(": No space left on device; free some space, or set paths.root elsewhere")
+
+
+def test_a_full_disk_costs_nothing_once_there_is_room(
+    program: Any, small_disk: Any, tree: Path, tmp_path: Path
+) -> None:
+    disk = small_disk(700)
+    settings = (*QUICK, f"dataset.root={tree}", *at(tmp_path), f"paths.store={disk}")
+    assert "No space left on device" in only_line(program("train", *settings))
+    assert not [path for path in disk.rglob(".*") if path.is_file()]
+    assert not any(verify(disk).values())
+    subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+    for name, options in (("train", ()), ("infer", INFER)):
+        outcome = program(name, *settings, *options)
+        assert outcome.status == 0, outcome.stderr
+    assert not any(verify(disk).values())
+
+
+def test_a_process_that_decodes_pictures_is_killed(
+    program: Any, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the system does when memory is short."""
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("lpcam.data.loaders.open_picture", die)
+    settings = (*QUICK, f"dataset.root={tree}", *at(tmp_path), "num_workers=1")
+    line = only_line(program("train", *settings))
+    assert line.startswith("error: num_workers=1: a process that decodes pictures was killed")
 
 
 def test_a_library_that_cannot_write(

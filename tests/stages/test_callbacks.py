@@ -1,3 +1,4 @@
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lpcam.data.dataset import Picture
 from lpcam.data.loaders import view_loader
+from lpcam.errors import InputError
 from lpcam.models.backbones import build_backbone
 from lpcam.models.classifier import Classifier
 from lpcam.prototypes.maps import HostViews, MapMaker, MapSetting, lpcam_setting
@@ -277,3 +279,23 @@ def test_feature_files(scene: Scene, local: bool) -> None:
                 np.testing.assert_allclose(
                     found["local"][row, column], plain[:, row, column], rtol=2e-3, atol=1e-3
                 )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e6])  # the last is none in half precision
+@pytest.mark.parametrize("kind", ["features", "maps"])
+def test_no_number_that_is_none_leaves_a_pass(scene: Scene, value: float, kind: str) -> None:
+    real = scene.classifier.backbone.forward
+
+    def spoiled(x: Tensor) -> Tensor:
+        features = real(x).clone()
+        features[:, 1] = value
+        return features
+
+    scene.classifier.backbone.forward = spoiled  # type: ignore[method-assign]
+    folder = scene.make("results")
+    callback: Any = FeatureCallback(folder, local=True)
+    if kind == "maps":
+        callback = LPCAMCallback(MapMaker([MapSetting()]), [scene.make("maps")], kept=folder)
+    with pytest.raises(InputError, match=r"^(first|second|third|fourth): .*no finite numbers"):
+        scene.predict(callback, scales=[1.0], flip=False)
+    assert not list(folder.iterdir())

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,6 +65,7 @@ def faked(
         yield SimpleNamespace(width=width, height=height)
 
     monkeypatch.setattr(passes, "open_image", opened)
+    monkeypatch.setattr(passes.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**15))
     return [Picture(str(index), file, (0,)) for index in range(count)]
 
 
@@ -164,3 +166,44 @@ def test_the_setting_is_that_of_the_config() -> None:
 def test_what_is_no_number_of_gb(value: Any) -> None:
     with pytest.raises(InputError, match="max_features="):
         make(FeatureLimit, {"max_features": value})
+
+
+def test_a_disk_without_room_is_named_with_what_is_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, passed: list[int]
+) -> None:
+    """What an earlier, killed run left needs no more room."""
+    pictures = faked(monkeypatch, tmp_path, 1000)
+    whole = feature_bytes(Host(), pictures, [1.0])  # type: ignore[arg-type]
+    monkeypatch.setattr(passes.shutil, "disk_usage", lambda _: SimpleNamespace(free=whole / 2))
+    with pytest.raises(InputError) as caught:
+        build(tmp_path / "store", pictures)
+    assert f"of 1000 pictures take {whole / 1e9:.3g} GB" in str(caught.value)
+    assert f"{whole / 2e9:.3g} GB are free" in str(caught.value)
+    assert str(tmp_path / "store") in str(caught.value)
+    assert passed == []
+    (partial,) = tmp_path.glob("store/features/*.partial")
+    for picture in pictures[:500]:
+        (partial / f"{picture.id}.npz").touch()
+    build(tmp_path / "store", pictures)
+    assert passed == [1000]
+
+
+@pytest.mark.parametrize(("cuda", "what"), [(False, "machine"), (True, "GPU")])
+def test_a_picture_too_large_for_the_memory_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cuda: bool, what: str
+) -> None:
+    """8000x8000 at scale 2, mirrored: 290 bytes of 256 million pixels, twice."""
+    pictures = faked(monkeypatch, tmp_path, 2, 8000, 8000)
+    monkeypatch.setattr(passes, "memory", lambda *, cuda: 140e9 if cuda else 24e9)
+    check = partial(passes.check_memory, pictures, cuda=cuda)
+    with pytest.raises(InputError) as caught:
+        check([0.5, 2.0], flip=True, batch_size=1)
+    line = str(caught.value)
+    assert line.startswith(f"{pictures[0].path}: a pass over 8000x8000 pixels at scale 2 takes ")
+    assert f"about 148 GB, and the {what} has {140 if cuda else 24}" in line
+    check([0.5, 1.0], flip=False, batch_size=1)
+    check([0.5], flip=True, batch_size=2)
+
+
+def test_there_is_some_memory() -> None:
+    assert 2**28 < passes.memory(cuda=False) < 2**50

@@ -91,6 +91,29 @@ def test_what_kept_its_size_is_found_by_reading(tmp_path: Path, capsys, name: st
     assert made == list(NAMES)
 
 
+def test_what_a_killed_process_was_writing_is_no_part_of_the_result(tmp_path: Path) -> None:
+    partial = Stage(tmp_path, "maps", {"k": 4}).folder.with_suffix(".partial")
+    (partial / "deep").mkdir(parents=True)
+    for name in (".a.npz.4711", "deep/.c.json.4711"):
+        (partial / name).write_bytes(b"half")
+    stage = make(tmp_path, resume=True, made=[])
+    files = {p.relative_to(stage.folder).as_posix() for p in stage.folder.rglob("*.*")}
+    assert files == {*NAMES, "manifest.json"}
+
+
+def test_what_a_run_is_making_is_not_pruned(tmp_path: Path, capsys) -> None:
+    make(tmp_path, resume=True, made=[])
+    other = Stage(tmp_path, "maps", {"k": 5})
+    with other.build() as folder:
+        assert folder
+        (folder / "a.json").write_text("{}")
+        for options in ([], ["--partial"]):
+            assert main(["store", "prune", "--root", str(tmp_path), *options]) == 0
+        assert (folder / "a.json").is_file()
+    assert other.done
+    assert [found["folder"] for found in results(tmp_path)] == [other.folder]
+
+
 def test_what_an_earlier_version_made_is_believed(tmp_path: Path) -> None:
     stage = make(tmp_path, resume=True, made=[])
     path = stage.folder / "manifest.json"

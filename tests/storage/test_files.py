@@ -15,6 +15,13 @@ def test_write_atomically(tmp_path: Path, data: str | bytes) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_atomically(tmp_path / "result.json", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
 def test_a_value_that_is_no_json_leaves_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     write_json(path, {"k": 12, "tau": [0.1, None]})
