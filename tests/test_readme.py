@@ -26,7 +26,7 @@ def test_python_of_the_readme_runs(
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.filterwarnings("ignore:class .* no prototype scores above")
+@pytest.mark.filterwarnings("ignore:.* no prototype scores above")
 def test_python_of_the_library_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a small data set of drawn photos instead of Debian's."""
     monkeypatch.chdir(tmp_path)

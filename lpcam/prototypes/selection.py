@@ -89,6 +89,7 @@ def select(
         InputError: No centre of a class passes and ``fallback`` is ``error``.
     """
     kept, kept_context, indices = [], [], []
+    weak: list[str] = []
     for c, name in enumerate(classes):
         foreground, context = centers.centers[c]
         filled = centers.counts[c] > 0
@@ -104,17 +105,20 @@ def select(
                     "prototypes.fallback=best"
                 )
             keep[score.argmax()] = True
-            warnings.warn(
-                f"class {name!r}: no prototype scores above {settings.class_score}, "
-                f"kept the best one ({float(score.max()):.3f})",
-                stacklevel=2,
-            )
+            weak.append(f"{name} ({float(score.max()):.3f})")
         keep_context = filled[1] & _passing(
             class_score(head, context, c), settings.context_floor, settings.context_score
         )
         kept.append(foreground[keep])
         kept_context.append(context[keep_context])
         indices.append((keep.nonzero()[:, 0].tolist(), keep_context.nonzero()[:, 0].tolist()))
+    if weak:
+        warnings.warn(
+            f"{len(weak)} of {len(classes)} classes: no prototype scores above "
+            f"{settings.class_score}, kept the best one: {', '.join(weak[:5])}"
+            f"{', ...' if len(weak) > 5 else ''}",
+            stacklevel=2,
+        )
     return Prototypes(
         tuple(classes),
         tuple(kept),

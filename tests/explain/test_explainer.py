@@ -235,7 +235,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:class .* no prototype scores above")
+@pytest.mark.filterwarnings("ignore:.* no prototype scores above")
 @pytest.mark.parametrize("name", MODELS)
 def test_fit_and_call(name: str) -> None:
     model = random_model(name, **MODELS[name])

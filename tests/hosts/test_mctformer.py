@@ -398,7 +398,7 @@ TINY = (
 )
 
 
-@pytest.mark.filterwarnings("ignore:class .* no prototype scores above")
+@pytest.mark.filterwarnings("ignore:.* no prototype scores above")
 @pytest.mark.parametrize("variant", ["v2", "plus"])
 def test_through_the_programs(
     tmp_path: Path, program: Callable[..., Outcome], variant: str

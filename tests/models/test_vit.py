@@ -17,7 +17,7 @@ from tests.conftest import Outcome, at
 OPTIONS = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
-@pytest.mark.filterwarnings("ignore:class .* no prototype scores above")
+@pytest.mark.filterwarnings("ignore:.* no prototype scores above")
 def test_through_the_programs(tmp_path: Path, program: Callable[..., Outcome]) -> None:
     torch.manual_seed(5)
     network = timm.create_model("vit_small_patch16_224", pretrained=False, **OPTIONS)
