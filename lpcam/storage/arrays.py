@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -15,8 +16,8 @@ from lpcam.errors import InputError
 
 # Everything that reading raises on a missing, cut, overwritten or hostile file.
 DAMAGE = (
-    OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, zlib.error,
-    BadZipFile,
+    OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, SyntaxError,
+    zlib.error, BadZipFile, TokenError,
 )  # fmt: skip
 # Bytes of all arrays of a file: a picture's features at eight scales take less, and of one that was
 # made to fill the memory a megabyte holds a thousand.

@@ -36,7 +36,7 @@ INFER = (
     "thresholds.class_score=0",
     "inference.scales=[0.5,1.0]",
 )
-LEARNING = ("refiner=irn", "refiner.epochs=2", "refiner.crop=64", "refiner.batch_size=3")
+LEARNING = ("refiner=irn", "refiner.epochs=2", "refiner.crop=80", "refiner.batch_size=3")
 # What is run, after which training, and what of its files has to be equal to the byte.
 COMMANDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "train": ("train", TRAIN, ()),
@@ -60,14 +60,20 @@ def crashing() -> Iterator[Crashing]:
 def found(root: Path) -> dict[str, object]:
     """Weights of the classifier, and metrics, maps and masks of the run.
 
-    The store's keys are others in each folder: they hold the times of the pictures' files.
+    The store's keys are others in each folder, for they hold the times of the pictures' files, and so
+    are the names of a sweep's jobs, for they hold the folder's name.
     """
+    jobs = {
+        path.parents[1].name: "class" if "use=class" in path.read_text() else "both"
+        for path in root.glob("run/*/.hydra/overrides.yaml")
+    }
     results: dict[str, object] = {}
     for path in sorted(root.glob("store/classifier/*/last.ckpt")):
         state = torch.load(path, weights_only=True)["state_dict"]
         results[path.name] = {key: value.numpy().tobytes() for key, value in state.items()}
     for path in sorted((root / "run").rglob("*")):
-        name = path.relative_to(root).as_posix()
+        parts = path.relative_to(root / "run").parts
+        name = "/".join(jobs.get(part, part) for part in parts)
         if path.name == "metrics.json":
             results[name] = json.loads(path.read_text())
         elif path.suffix in (".npz", ".png") and path.parent.name != "figures":
