@@ -59,7 +59,16 @@ def test_help_lists_all_commands_at_once() -> None:
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        ("train", ("backbone: efficientnet_lite0", "frozen", "cutouts", "recipe", "epochs: 50")),
+        (
+            "train",
+            (
+                "backbone: deit_small, efficientnet_lite0",
+                "frozen",
+                "cutouts",
+                "recipe",
+                "epochs: 50",
+            ),
+        ),
         ("infer", ("refiner: crf, irn", "cutouts", "thresholds", "k: 12")),
         ("check", ("dataset: coco, cutouts", "root: ???")),
     ],

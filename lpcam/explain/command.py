@@ -155,6 +155,10 @@ def load(name: str, weights: str, ckpt: Path | None, prototypes: Path) -> "tuple
     own_weights = ckpt is not None or weights != "imagenet"
     backbone = build_backbone(name, None if own_weights else "imagenet")
     network = backbone.network
+    if hasattr(getattr(network, "patch_embed", None), "dynamic_img_pad"):
+        network.patch_embed.dynamic_img_pad = (
+            True  # a backbone resizes pictures, its network cannot
+        )
     if ckpt is not None:
         if "condition.weight" in load_state(ckpt):
             raise InputError(

@@ -106,6 +106,8 @@ def spherical_kmeans(
         converged = bool(movement**2 < tol)
         clusters.move(centers, new)
         centers = new
+    if not len(empty):
+        centers = clusters.means()
     return KMeansResult(centers, clusters.labels, n_iter, converged)
 
 
@@ -142,7 +144,7 @@ class _Clusters:
     def __init__(self, x: Tensor, norm: Tensor, k: int, chunk_size: int) -> None:
         self.x, self.norm, self.chunk_size = x, norm, chunk_size
         self.labels = torch.full_like(norm, -1, dtype=torch.int64)
-        self.sums = x.new_zeros(k, x.shape[1], dtype=torch.float64)
+        self.sums = norm.new_zeros(k, x.shape[1])
         # The angle to the own centre is at most this, to the others at least that: nothing yet.
         self.own = torch.where(norm > 0, 0, -torch.inf)
         self.others = norm.new_zeros(len(x), k)
@@ -169,12 +171,20 @@ class _Clusters:
             joined = (now[left, None] == clusters).float()
             self.sums += (joined - (before[left, None] == clusters).float()).T @ rows[left]
             self.labels[index] = now
-        return (self.sums / self.counts.clamp_min(1)[:, None]).float()
+        return self.sums / self.counts.clamp_min(1)[:, None]
+
+    def means(self) -> Tensor:
+        """The means ``(k, D)`` anew: sums that rows have joined and left have lost a few digits."""
+        clusters = torch.arange(len(self.sums), device=self.sums.device)
+        sums = torch.zeros_like(self.sums)
+        for part, rows in single_precision(self.x, self.chunk_size):
+            sums += (self.labels[part, None] == clusters).float().T @ rows
+        return sums / self.counts.clamp_min(1)[:, None]
 
     def move(self, old: Tensor, new: Tensor) -> None:
         """Let centres ``(k, D)`` go to where they are new, which widens the bounds."""
-        turn = F.normalize(new.double(), dim=1) - F.normalize(old.double(), dim=1)
-        angle = 2 * (torch.linalg.vector_norm(turn, dim=1) / 2).clamp_max(1).asin().float()
+        turn = F.normalize(new, dim=1) - F.normalize(old, dim=1)
+        angle = 2 * (torch.linalg.vector_norm(turn, dim=1) / 2).clamp_max(1).asin()
         self.own += torch.where(self.labels >= 0, angle[self.labels], 0)
         self.others -= angle
 

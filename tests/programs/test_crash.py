@@ -60,7 +60,7 @@ def crashing() -> Iterator[Crashing]:
 def found(root: Path) -> dict[str, object]:
     """Weights of the classifier, and metrics, maps and masks of the run.
 
-    The store's keys are others in each folder, for they hold the times of the pictures' files, and so
+    The store's keys are others in each folder, for they hold the times of the files, and so
     are the names of a sweep's jobs, for they hold the folder's name.
     """
     jobs = {

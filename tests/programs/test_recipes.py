@@ -45,7 +45,7 @@ def hydra_at_conf(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(("recipe", "dataset"), BOTH)
 def test_training_follows_the_published_recipe(program: str, recipe: str, dataset: str) -> None:
     cfg = compose(program, [f"recipe={recipe}", f"dataset={dataset}"])
-    assert cfg.backbone == {"name": "resnet50", "weights": "imagenet"}
+    assert (cfg.backbone.name, cfg.backbone.weights) == ("resnet50", "imagenet")
     assert cfg.classifier == {
         "_target_": "lpcam.models.classifier.Classifier",
         "_partial_": True,
