@@ -60,8 +60,8 @@ def crashing() -> Iterator[Crashing]:
 def found(root: Path) -> dict[str, object]:
     """Weights of the classifier, and metrics, maps and masks of the run.
 
-    The store's keys are others in each folder, for they hold the times of the files, and so
-    are the names of a sweep's jobs, for they hold the folder's name.
+    The store's keys are others in each folder, for they hold the times of the pictures' files, and
+    so are the names of a sweep's jobs, for they hold the folder's name.
     """
     jobs = {
         path.parents[1].name: "class" if "use=class" in path.read_text() else "both"
