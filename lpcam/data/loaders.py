@@ -3,7 +3,7 @@
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -148,13 +148,34 @@ def train_loader(
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Batches of (pictures ``(B, 3, H, W)``, labels ``(B, C)``); an incomplete last one is left."""
     pairs = _TrainPictures(pictures, num_classes, transform)
+    return item_loader(pairs, batch_size=batch_size, shuffle=shuffle, num_workers=num_workers)
+
+
+def item_loader(
+    items: Any,
+    *,
+    batch_size: int,
+    shuffle: bool = True,
+    num_workers: int = 0,
+    collate: Callable[..., Any] | None = None,
+) -> DataLoader[Any]:
+    """Batches of a data set's items; of shuffled ones an incomplete last batch is left.
+
+    Args:
+        items: The data set.
+        batch_size: Items a batch.
+        shuffle: Whether their order is drawn anew in each epoch.
+        num_workers: Processes that make items.
+        collate: Makes a batch of a list of items; by default they are stacked.
+    """
     return DataLoader(
-        pairs,
+        items,
         batch_size=batch_size,
         shuffle=shuffle,
-        drop_last=shuffle and len(pairs) >= batch_size,
+        drop_last=shuffle and len(items) >= batch_size,
         num_workers=num_workers,
         multiprocessing_context=start_method(num_workers),
+        collate_fn=collate,
     )
 
 

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lpcam.data.crops import RandomCrop, by_long_side, deit_augmentation
 from lpcam.data.dataset import Picture, SegmentationDataset, multi_hot, open_image, open_picture
-from lpcam.data.loaders import pooled_loader, start_method, train_loader
+from lpcam.data.loaders import item_loader, pooled_loader, train_loader
 from lpcam.errors import InputError
 from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer, per_process
@@ -105,30 +105,16 @@ def loaders(
         )
         if host.batches == "pairs":
             pairs = PicturePairs(pictures, classes, crop)
-            return _shuffled(pairs, size // 2, num_workers), validation
+            return item_loader(pairs, batch_size=size // 2, num_workers=num_workers), validation
         if host.batches == "seeds":
             seeds = SeededPictures(pictures, classes, host.seeds, crop)
-            return _shuffled(seeds, size, num_workers), None
+            return item_loader(seeds, batch_size=size, num_workers=num_workers), None
         train = train_loader(
             pictures, classes, augment, batch_size=size, shuffle=True, num_workers=num_workers
         )
         return train, validation
 
     return make
-
-
-def _shuffled(
-    items: Any, batch_size: int, num_workers: int, collate: Callable[..., Any] | None = None
-) -> DataLoader[Any]:
-    return DataLoader(
-        items,
-        batch_size=batch_size,
-        shuffle=True,
-        drop_last=len(items) >= batch_size,
-        num_workers=num_workers,
-        multiprocessing_context=start_method(num_workers),
-        collate_fn=collate,
-    )
 
 
 def _from_features(
@@ -160,7 +146,7 @@ def _from_features(
         if grids:
             pictures = dataset.pictures(dataset.train_split)
             items = FeatureGrids(pictures, len(dataset.classes), partial(read_features, stages[0]))
-            train = _shuffled(items, size, num_workers, _listed)
+            train = item_loader(items, batch_size=size, num_workers=num_workers, collate=_listed)
         return train, pooled_loader(*pooled[1], batch_size=size, shuffle=False)
 
     return make
