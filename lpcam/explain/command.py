@@ -156,9 +156,8 @@ def load(name: str, weights: str, ckpt: Path | None, prototypes: Path) -> "tuple
     backbone = build_backbone(name, None if own_weights else "imagenet")
     network = backbone.network
     if hasattr(getattr(network, "patch_embed", None), "dynamic_img_pad"):
-        network.patch_embed.dynamic_img_pad = (
-            True  # a backbone resizes pictures, its network cannot
-        )
+        # A backbone resizes pictures to whole patches; its network alone has to pad them.
+        network.patch_embed.dynamic_img_pad = True
     if ckpt is not None:
         if "condition.weight" in load_state(ckpt):
             raise InputError(
