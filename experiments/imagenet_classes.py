@@ -18,6 +18,7 @@ from lpcam import LPCAM
 from lpcam.data.cutouts import Cutouts
 from lpcam.data.dataset import Picture
 from lpcam.data.loaders import view_loader
+from lpcam.data.transforms import normalize_bytes
 from lpcam.evaluation import SegmentationScore
 from lpcam.models.backbones import build_backbone
 
@@ -57,11 +58,9 @@ def main() -> None:
     def batches(split: str) -> Iterator[tuple[Picture, torch.Tensor, list[int]]]:
         """Each picture with the ImageNet class that stands for each of its own classes."""
         pictures = dataset.pictures(split)
-        loader = view_loader(
-            pictures, len(indices), scales=[1.0], flip=False, mean=backbone.mean, std=backbone.std
-        )
+        loader = view_loader(pictures, len(indices), scales=[1.0], flip=False)
         for picture, batch in zip(pictures, track(loader, split), strict=True):
-            image = batch["views"][0]
+            image = normalize_bytes(batch["views"][0], backbone.mean, backbone.std)
             with torch.no_grad():
                 scores = model(image)[0]
             shown = [int(indices[c][scores[indices[c]].argmax()]) for c in picture.labels or ()]

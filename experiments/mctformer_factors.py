@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from lpcam.data.loaders import view_loader
+from lpcam.data.loaders import normalized, view_loader
 from lpcam.evaluation.segmentation import SegmentationScore
 from lpcam.functional import merge_scales, normalize_maps
 from lpcam.hosts.mctformer import MCTformer, fused_maps, refined_maps
@@ -35,9 +35,8 @@ def main(overrides: list[str]) -> None:
     dataset, host = found.dataset, found.host.for_inference()
     assert isinstance(host, MCTformer)
     pictures = dataset.pictures(dataset.val_split)
-    norm = {"mean": host.backbone.mean, "std": host.backbone.std}
-    loader = view_loader(pictures, len(dataset.classes), scales=[1.0], flip=False, **norm)
-    batches = list(loader)
+    loader = view_loader(pictures, len(dataset.classes), scales=[1.0], flip=False)
+    batches = [normalized(batch, host.backbone.mean, host.backbone.std) for batch in loader]
     views = [host.predict_step(batch, 0)[0] for batch in batches]
     count = host.num_classes
 

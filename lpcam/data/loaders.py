@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lpcam.data.dataset import Picture, multi_hot, open_image, open_picture
-from lpcam.data.transforms import normalize, rescale
+from lpcam.data.transforms import normalize_bytes, rescale, to_bytes
 
 
 class ViewBatch(TypedDict):
@@ -22,7 +22,8 @@ class ViewBatch(TypedDict):
         ids: Names of the B pictures.
         labels: Image labels ``(B, C)`` of zeros and ones.
         size: Height and width of the pictures in pixels.
-        views: For each scale, normalised pictures ``(B, 3, h, w)``.
+        views: For each scale, pictures ``(B, 3, h, w)``: bytes as they are loaded, a quarter of
+            what has to be moved, then :func:`normalized` where they are used.
         flip: Whether the mirror images are wanted too.
     """
 
@@ -42,16 +43,12 @@ class _ViewBatches(Dataset[ViewBatch]):
         num_classes: int,
         scales: Sequence[float],
         flip: bool,
-        mean: Sequence[float],
-        std: Sequence[float],
         batch_size: int,
     ) -> None:
         self.labels = torch.from_numpy(multi_hot(pictures, num_classes))
         self.pictures = pictures
         self.scales = scales
         self.flip = flip
-        self.mean = mean
-        self.std = std
         self.batches: list[list[int]] = [[i] for i in range(len(pictures))]
         if batch_size > 1:
             by_size = defaultdict(list)
@@ -75,7 +72,7 @@ class _ViewBatches(Dataset[ViewBatch]):
             "labels": self.labels[self.batches[index]],
             "size": (images[0].height, images[0].width),
             "views": [
-                torch.stack([normalize(rescale(i, scale), self.mean, self.std) for i in images])
+                torch.stack([to_bytes(rescale(image, scale)) for image in images])
                 for scale in self.scales
             ],
             "flip": self.flip,
@@ -88,8 +85,6 @@ def view_loader(
     *,
     scales: Sequence[float],
     flip: bool,
-    mean: Sequence[float],
-    std: Sequence[float],
     batch_size: int = 1,
     num_workers: int = 0,
 ) -> DataLoader[ViewBatch]:
@@ -100,18 +95,28 @@ def view_loader(
         num_classes: Number of classes C.
         scales: Factors on the pictures' own size.
         flip: Whether the mirror images are wanted too.
-        mean: Per-channel mean.
-        std: Per-channel standard deviation.
         batch_size: Pictures a batch at most.
         num_workers: Processes that decode.
     """
-    batches = _ViewBatches(pictures, num_classes, scales, flip, mean, std, batch_size)
+    batches = _ViewBatches(pictures, num_classes, scales, flip, batch_size)
     return DataLoader(
         batches,
         batch_size=None,
         num_workers=num_workers,
         multiprocessing_context=start_method(num_workers),
+        pin_memory=torch.cuda.is_available(),  # then copies to a GPU need not wait
     )
+
+
+def normalized(batch: ViewBatch, mean: Sequence[float], std: Sequence[float]) -> ViewBatch:
+    """A batch whose views are normalised, on the device that it is on.
+
+    Args:
+        batch: The batch as it was loaded.
+        mean: Per-channel mean.
+        std: Per-channel standard deviation.
+    """
+    return {**batch, "views": [normalize_bytes(view, mean, std) for view in batch["views"]]}
 
 
 def start_method(num_workers: int) -> str | None:

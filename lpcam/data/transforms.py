@@ -17,11 +17,32 @@ def rescale(image: Image.Image, scale: float) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def normalize(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Scale an RGB picture's bytes to 0..1, subtract the mean and divide by the deviation.
+def to_bytes(image: Image.Image) -> Tensor:
+    """The bytes of an RGB picture ``(3, H, W)``."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def normalize_bytes(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Scale bytes to 0..1, subtract the mean and divide by the deviation.
+
+    A table of the 256 values does it, so the arithmetic is float64, as in the published code, on
+    every device, and costs a look.
+
+    Args:
+        pixels: Bytes ``(..., 3, H, W)`` on any device.
+        mean: Per-channel mean.
+        std: Per-channel standard deviation.
 
     Returns:
-        Tensor ``(3, H, W)`` float32; the arithmetic is float64, as in the published code.
+        Of the same shape, float32.
     """
-    pixels = (np.asarray(image, np.float64) / 255 - np.array(mean)) / np.array(std)
-    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1).contiguous()
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    table = torch.stack([(levels - m) / s for m, s in zip(mean, std, strict=True)])
+    rows = table.float().to(pixels.device).unbind()
+    channels = zip(rows, pixels.unbind(-3), strict=True)
+    return torch.stack([row[channel.int()] for row, channel in channels], -3)
+
+
+def normalize(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """An RGB picture as networks take it ``(3, H, W)``, see :func:`normalize_bytes`."""
+    return normalize_bytes(to_bytes(image), mean, std)

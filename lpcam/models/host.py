@@ -3,13 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lpcam.data.loaders import ViewBatch
+from lpcam.data.loaders import ViewBatch, normalized
 from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
 from lpcam.models.weights import load_state
@@ -104,6 +104,11 @@ class Host(pl.LightningModule):
     def stride(self) -> int:
         """Pixels between two positions of the features' grid."""
         return self.backbone.stride
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Normalise the views of pictures on the device."""
+        predicting = self.trainer.predicting
+        return normalized(batch, self.backbone.mean, self.backbone.std) if predicting else batch
 
     def predict_step(self, batch: ViewBatch, batch_idx: int) -> list[HostViews]:
         """Features and own maps of every scale.

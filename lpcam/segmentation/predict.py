@@ -113,8 +113,6 @@ def predict_masks(
             0,
             scales=testing.scales,
             flip=False,
-            mean=segmenter.network.mean,
-            std=segmenter.network.std,
             batch_size=testing.test_batch_size,
             num_workers=num_workers,
         )

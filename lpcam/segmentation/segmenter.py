@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from lpcam.data.loaders import ViewBatch
+from lpcam.data.loaders import ViewBatch, normalized
 from lpcam.models.training import polynomial
 from lpcam.refiners.crf import crf_parameters
 from lpcam.segmentation.crops import Batch, seed_of
@@ -157,6 +157,11 @@ class Segmenter(pl.LightningModule):
         else:
             optimizer = torch.optim.AdamW(groups, how.lr)
         return polynomial(self, optimizer, how.poly_power, every=how.lr_every)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Normalise the views of pictures on the device."""
+        predicting = self.trainer.predicting
+        return normalized(batch, self.network.mean, self.network.std) if predicting else batch
 
     def predict_step(self, batch: ViewBatch, batch_idx: int) -> Tensor:
         """Probabilities ``(B, C + 1, H, W)`` of pictures at their own size, background first."""

@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lpcam.data.dataset import Picture, fingerprint
-from lpcam.data.loaders import ViewBatch, view_loader
+from lpcam.data.loaders import ViewBatch, normalized, view_loader
 from lpcam.models.backbones import Backbone
 from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer
@@ -50,8 +50,6 @@ def finer_features(
                 host.num_classes,
                 scales=[1.0],
                 flip=False,
-                mean=backbone.mean,
-                std=backbone.std,
                 num_workers=num_workers,
             )
             trainer = make_trainer(
@@ -76,6 +74,9 @@ class _Stage(pl.LightningModule):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
+
+    def on_after_batch_transfer(self, batch: ViewBatch, dataloader_idx: int) -> ViewBatch:
+        return normalized(batch, self.backbone.mean, self.backbone.std)
 
     def predict_step(self, batch: ViewBatch, batch_idx: int) -> Tensor:
         return self.backbone.stage(batch["views"][0])

@@ -1,7 +1,6 @@
 """A pass over pictures with a host, which callbacks turn into files."""
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +17,7 @@ from lpcam.errors import InputError
 from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer
 from lpcam.settings import CHECKED, Scale
-
-# Bytes of a forward pass for each pixel of a view, as EfficientNet-Lite0 takes them on a CPU: 587
-# were seen with 2000x2000 pixels and their mirror image, 286 without it.
-PASS_BYTES = 290
+from lpcam.stages.memory import check_memory, reused_memory
 
 
 def _once(scales: tuple[float, ...]) -> tuple[float, ...]:
@@ -61,45 +57,6 @@ def feature_bytes(host: Host, pictures: Sequence[Picture], scales: Sequence[floa
                 for scale in scales
             )
     return 2.0 * positions * host.backbone.dim
-
-
-def check_memory(
-    pictures: Sequence[Picture], scales: Sequence[float], *, flip: bool, batch_size: int, cuda: bool
-) -> None:
-    """Make sure that a pass over the largest picture fits into memory, before days of smaller ones.
-
-    Args:
-        pictures: The pictures; only the heads of their files are read.
-        scales: Factors on the pictures' size.
-        flip: Whether mirror images share the forward pass.
-        batch_size: Pictures that may share it too.
-        cuda: Whether it runs on a GPU.
-
-    Raises:
-        InputError: It does not fit, or a picture cannot be read.
-    """
-    largest, name, size = 0, "", (0, 0)
-    for picture in pictures:
-        with open_image(picture.path, decode=False) as image:
-            if image.width * image.height > largest:
-                size = image.width, image.height
-                largest, name = image.width * image.height, str(picture.path)
-    scale = max(scales)
-    needed = PASS_BYTES * largest * scale**2 * (2 if flip else 1) * batch_size
-    there = memory(cuda=cuda)
-    if needed > there:
-        raise InputError(
-            f"{name}: a pass over {size[0]}x{size[1]} pixels at scale {scale:g} takes about "
-            f"{needed / 1e9:.0f} GB, and the {'GPU' if cuda else 'machine'} has {there / 1e9:.0f}; "
-            "shrink the picture, or lower inference.scales or inference.batch_size"
-        )
-
-
-def memory(*, cuda: bool) -> int:
-    """Bytes of memory of the GPU or of the machine."""
-    if cuda:
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_space(
@@ -153,8 +110,6 @@ def predict(
         host.num_classes,
         scales=scales,
         flip=flip,
-        mean=host.backbone.mean,
-        std=host.backbone.std,
         batch_size=batch_size,
         num_workers=num_workers,
     )
@@ -167,6 +122,6 @@ def predict(
     cuda = trainer.strategy.root_device.type == "cuda"
     check_memory(missing, scales, flip=flip, batch_size=batch_size, cuda=cuda)
     # Whether a pass was needed or its result was there must not decide what a training draws.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), reused_memory():
         trainer.predict(host.for_inference(), loader, return_predictions=False)
     trainer.strategy.barrier()

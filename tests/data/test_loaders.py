@@ -9,7 +9,13 @@ from torch import Tensor
 
 from lpcam.data.crops import RandomCrop, by_long_side
 from lpcam.data.dataset import Picture
-from lpcam.data.loaders import ViewBatch, pooled_loader, train_loader, view_loader
+from lpcam.data.loaders import (
+    ViewBatch,
+    normalized,
+    pooled_loader,
+    train_loader,
+    view_loader,
+)
 from lpcam.errors import InputError
 
 CLASSES = 3
@@ -35,12 +41,11 @@ def pictures(tmp_path: Path) -> list[Picture]:
 def load(
     pictures: Sequence[Picture], batch_size: int, scales: Sequence[float] = (0.5, 1.0, 1.5)
 ) -> list[ViewBatch]:
-    loader = view_loader(
-        pictures, CLASSES, scales=scales, flip=True, mean=MEAN, std=STD, batch_size=batch_size
-    )
+    loader = view_loader(pictures, CLASSES, scales=scales, flip=True, batch_size=batch_size)
     batches = list(loader)
     assert len(loader) == len(batches)
-    return batches
+    assert all(view.dtype == torch.uint8 for batch in batches for view in batch["views"])
+    return [normalized(batch, MEAN, STD) for batch in batches]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
@@ -109,8 +114,6 @@ def test_a_damaged_picture_is_named(pictures: list[Picture], num_workers: int) -
         CLASSES,
         scales=[1.0],
         flip=False,
-        mean=MEAN,
-        std=STD,
         batch_size=2,
         num_workers=num_workers,
     )

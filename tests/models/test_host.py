@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lpcam.data.dataset import Picture, SegmentationDataset
-from lpcam.data.loaders import ViewBatch, view_loader
+from lpcam.data.loaders import ViewBatch, normalized, view_loader
 from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone, build_backbone
 from lpcam.models.classifier import Classifier
@@ -238,11 +238,8 @@ class Scene:
     def views(self, picture: Picture, scales: Sequence[float], flip: bool) -> list[HostViews]:
         """What the host says of one picture."""
         norm = self.host.backbone
-        loader = view_loader(
-            [picture], CLASSES, scales=scales, flip=flip, mean=norm.mean, std=norm.std
-        )
-        (batch,) = loader
-        return self.host.predict_step(batch, 0)
+        (batch,) = view_loader([picture], CLASSES, scales=scales, flip=flip)
+        return self.host.predict_step(normalized(batch, norm.mean, norm.std), 0)
 
     def results(self, stage: str) -> list[dict[str, Any]]:
         found = self.store.glob(f"{stage}/*/manifest.json")

@@ -43,8 +43,6 @@ class Scene:
             CLASSES,
             scales=scales,
             flip=flip,
-            mean=self.classifier.backbone.mean,
-            std=self.classifier.backbone.std,
             batch_size=batch_size,
         )
         trainer = pl.Trainer(

@@ -20,7 +20,7 @@ from lpcam.errors import InputError
 from lpcam.models.backbones import build_backbone
 from lpcam.settings import make
 from lpcam.stages import features as stage
-from lpcam.stages import passes
+from lpcam.stages import memory, passes
 from lpcam.stages.features import FeatureLimit, features
 from lpcam.stages.passes import ViewSettings, feature_bytes
 from tests.conftest import ROOT
@@ -64,7 +64,8 @@ def faked(
         assert not decode
         yield SimpleNamespace(width=width, height=height)
 
-    monkeypatch.setattr(passes, "open_image", opened)
+    for module in (passes, memory):
+        monkeypatch.setattr(module, "open_image", opened)
     monkeypatch.setattr(passes.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**15))
     return [Picture(str(index), file, (0,)) for index in range(count)]
 
@@ -194,8 +195,8 @@ def test_a_picture_too_large_for_the_memory_is_named(
 ) -> None:
     """8000x8000 at scale 2, mirrored: 290 bytes of 256 million pixels, twice."""
     pictures = faked(monkeypatch, tmp_path, 2, 8000, 8000)
-    monkeypatch.setattr(passes, "memory", lambda *, cuda: 140e9 if cuda else 24e9)
-    check = partial(passes.check_memory, pictures, cuda=cuda)
+    monkeypatch.setattr(memory, "memory", lambda *, cuda: 140e9 if cuda else 24e9)
+    check = partial(memory.check_memory, pictures, cuda=cuda)
     with pytest.raises(InputError) as caught:
         check([0.5, 2.0], flip=True, batch_size=1)
     line = str(caught.value)
@@ -206,4 +207,4 @@ def test_a_picture_too_large_for_the_memory_is_named(
 
 
 def test_there_is_some_memory() -> None:
-    assert 2**28 < passes.memory(cuda=False) < 2**50
+    assert 2**28 < memory.memory(cuda=False) < 2**50
