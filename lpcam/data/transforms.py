@@ -40,7 +40,11 @@ def normalize_bytes(pixels: Tensor, mean: Sequence[float], std: Sequence[float])
     table = torch.stack([(levels - m) / s for m, s in zip(mean, std, strict=True)])
     rows = table.float().to(pixels.device).unbind()
     channels = zip(rows, pixels.unbind(-3), strict=True)
-    return torch.stack([row[channel.int()] for row, channel in channels], -3)
+    looked_up = [  # several times faster than indexing
+        row.index_select(0, channel.flatten().int()).view(channel.shape)
+        for row, channel in channels
+    ]
+    return torch.stack(looked_up, -3)
 
 
 def normalize(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
