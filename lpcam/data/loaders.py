@@ -1,5 +1,6 @@
 """Loaders: pictures to batches, for training and for inference."""
 
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -86,7 +87,7 @@ def view_loader(
     scales: Sequence[float],
     flip: bool,
     batch_size: int = 1,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
 ) -> DataLoader[ViewBatch]:
     """Load every picture once, at every scale; pictures of equal size share a batch.
 
@@ -102,8 +103,7 @@ def view_loader(
     return DataLoader(
         batches,
         batch_size=None,
-        num_workers=num_workers,
-        multiprocessing_context=start_method(num_workers),
+        **decoders(num_workers),
         pin_memory=torch.cuda.is_available(),  # then copies to a GPU need not wait
     )
 
@@ -119,9 +119,20 @@ def normalized(batch: ViewBatch, mean: Sequence[float], std: Sequence[float]) ->
     return {**batch, "views": [normalize_bytes(view, mean, std) for view in batch["views"]]}
 
 
-def start_method(num_workers: int) -> str | None:
-    """Under joblib the processes of a loader could not start the way that joblib's own do."""
-    return "fork" if num_workers and sys.platform == "linux" else None
+def decoders(num_workers: int | None) -> dict[str, Any]:
+    """Arguments of torch's ``DataLoader`` for so many processes that decode pictures.
+
+    Args:
+        num_workers: How many. None for one on the CPU, where the network needs the cores itself,
+            and for at most eight with a GPU, which shares the cores with the others.
+    """
+    if num_workers is None:
+        gpus, num_workers = torch.cuda.device_count(), 1
+        if gpus:
+            num_workers = min(8, max(1, len(os.sched_getaffinity(0)) // gpus - 1))
+    # Under joblib the processes of a loader could not start the way that joblib's own do.
+    start = "fork" if num_workers and sys.platform == "linux" else None
+    return {"num_workers": num_workers, "multiprocessing_context": start}
 
 
 class _TrainPictures(Dataset[tuple[Tensor, Tensor]]):
@@ -149,7 +160,7 @@ def train_loader(
     *,
     batch_size: int,
     shuffle: bool = True,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Batches of (pictures ``(B, 3, H, W)``, labels ``(B, C)``); an incomplete last one is left."""
     pairs = _TrainPictures(pictures, num_classes, transform)
@@ -161,7 +172,7 @@ def item_loader(
     *,
     batch_size: int,
     shuffle: bool = True,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     collate: Callable[..., Any] | None = None,
 ) -> DataLoader[Any]:
     """Batches of a data set's items; of shuffled ones an incomplete last batch is left.
@@ -178,8 +189,7 @@ def item_loader(
         batch_size=batch_size,
         shuffle=shuffle,
         drop_last=shuffle and len(items) >= batch_size,
-        num_workers=num_workers,
-        multiprocessing_context=start_method(num_workers),
+        **decoders(num_workers),
         collate_fn=collate,
     )
 

@@ -26,7 +26,7 @@ class Options:
         output: The run's folder.
         map_splits: Splits that get maps.
         seed: Of everything random, the data and the clusters excepted.
-        num_workers: Processes that decode pictures.
+        num_workers: Processes that decode pictures; None for as many as the machine has use for.
         ckpt: A classifier's checkpoint, or the file of a segmentation network.
         localisation: Score maps as localisation too.
         masks: What a segmentation network learns from.
@@ -39,7 +39,7 @@ class Options:
     output: Text
     map_splits: Names
     seed: Seed = 0
-    num_workers: Annotated[int, Field(ge=0, le=256)] = 1
+    num_workers: Annotated[int, Field(ge=0, le=256)] | None = None
     ckpt: Text | None = None
     localisation: bool = False
     masks: Text | None = None

@@ -150,7 +150,7 @@ def _seeding(node: DictConfig) -> Seeding:
 
 
 def train_base(
-    setup: Setup, store: Path, make_trainer: MakeTrainer, *, seed: int, num_workers: int
+    setup: Setup, store: Path, make_trainer: MakeTrainer, *, seed: int, num_workers: int | None
 ) -> None:
     """Train what a host begins with, unless that is done, and let it begin.
 
@@ -182,7 +182,7 @@ def give_seeds(
     store: Path,
     make_trainer: MakeTrainer,
     *,
-    num_workers: int,
+    num_workers: int | None,
 ) -> None:
     """Make the seeds of some splits with a trained base, where the host needs them.
 

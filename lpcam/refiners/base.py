@@ -133,7 +133,7 @@ class TrainedRefiner(Refiner):
         backbone: Backbone,
         make_trainer: MakeTrainer,
         *,
-        num_workers: int,
+        num_workers: int | None,
     ) -> None:
         """Train, and leave safetensors files in a folder; go on from what a killed run left there.
 

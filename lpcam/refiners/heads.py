@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lpcam.data.crops import RandomCrop, by_factor
 from lpcam.data.dataset import Picture, open_image, open_picture
-from lpcam.data.loaders import start_method
+from lpcam.data.loaders import decoders
 from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
 from lpcam.models.training import MakeTrainer, fit, per_process, polynomial
@@ -233,7 +233,7 @@ class HeadRefiner(TrainedRefiner):
         backbone: Backbone,
         make_trainer: MakeTrainer,
         *,
-        num_workers: int,
+        num_workers: int | None,
     ) -> None:
         labels = folder / "labels"
         labels.mkdir(exist_ok=True)
@@ -258,8 +258,7 @@ class HeadRefiner(TrainedRefiner):
                 batch_size=per_process(self.batch_size, processes, "refiner.batch_size"),
                 shuffle=True,
                 drop_last=len(crops) >= self.batch_size,
-                num_workers=num_workers,
-                multiprocessing_context=start_method(num_workers),
+                **decoders(num_workers),
             )
             return loader, None
 

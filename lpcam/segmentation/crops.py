@@ -17,7 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lpcam.data.crops import RandomCrop
 from lpcam.data.dataset import Picture, open_picture
-from lpcam.data.loaders import start_method
+from lpcam.data.loaders import decoders
 from lpcam.segmentation.masks import Masks
 
 # Pixels ``(B, 3, S, S)``, labels ``(B, S, S)`` int64, weights ``(B, S, S)`` in 0..1.
@@ -105,7 +105,7 @@ def crop_loader(
     processes: int,
     rank: int,
     first: int,
-    num_workers: int,
+    num_workers: int | None,
 ) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
     """Rounds of batches.
 
@@ -122,8 +122,7 @@ def crop_loader(
         data,
         batch_size=batch_size,
         sampler=Rounds(data, steps * batch_size * processes, processes, rank, first),
-        num_workers=num_workers,
-        multiprocessing_context=start_method(num_workers),
+        **decoders(num_workers),
     )
 
 

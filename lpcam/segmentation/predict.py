@@ -91,7 +91,7 @@ def predict_masks(
     pictures: Sequence[Picture],
     folder: Path,
     *,
-    num_workers: int,
+    num_workers: int | None,
 ) -> None:
     """Label every picture that has no mask yet.
 

@@ -56,7 +56,7 @@ def loaders(
     dataset: SegmentationDataset,
     host: Host,
     fitting: Fitting,
-    num_workers: int,
+    num_workers: int | None,
 ) -> MakeLoaders:
     """What makes a host's batches.
 
@@ -123,7 +123,7 @@ def _from_features(
     dataset: SegmentationDataset,
     host: Host,
     fitting: Fitting,
-    num_workers: int,
+    num_workers: int | None,
 ) -> MakeLoaders:
     """Features of both splits, computed once: local ones to learn from, where the host asks."""
     grids = host.batches == "grids"

@@ -97,7 +97,7 @@ def train(
     host: Host,
     fitting: Fitting,
     *,
-    num_workers: int,
+    num_workers: int | None,
     logger: Any,
 ) -> dict[str, float]:
     """Train the host, going on from the last epoch of a killed run.

@@ -40,7 +40,7 @@ def features(
     pictures: Sequence[Picture],
     *,
     local: bool,
-    num_workers: int,
+    num_workers: int | None,
     sampled: ViewSettings | None = None,
     limit: FeatureLimit | None = None,
 ) -> Stage:

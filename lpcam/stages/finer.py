@@ -26,7 +26,7 @@ def finer_features(
     host: Host,
     pictures: Sequence[Picture],
     *,
-    num_workers: int,
+    num_workers: int | None,
 ) -> Stage:
     """Features of each picture at its own size: ``<id>.npz`` with ``stage`` (E, h, w) float16.
 

@@ -67,7 +67,7 @@ def maps(
     settings: Mapping[str, MapSetting],
     inference: Inference,
     *,
-    num_workers: int,
+    num_workers: int | None,
 ) -> dict[str, Stage]:
     """Maps of every setting from one pass over the pictures: seed records ``<id>.npz``.
 

@@ -87,7 +87,7 @@ def predict(
     scales: Sequence[float],
     flip: bool,
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
 ) -> None:
     """Run a writing callback over the pictures that an earlier, killed run did not finish.
 

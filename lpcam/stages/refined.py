@@ -31,7 +31,7 @@ def refined(
     found: Mapping[str, Stage],
     *,
     seed: int,
-    num_workers: int,
+    num_workers: int | None,
 ) -> dict[str, Stage]:
     """Refined maps of every split, after training the refiner if it is a trained one.
 

@@ -74,7 +74,7 @@ def seeds(
     splits: Sequence[str],
     settings: Seeding,
     *,
-    num_workers: int,
+    num_workers: int | None,
 ) -> dict[str, Stage]:
     """Seeds of every picture of some splits: ``<id>.png`` with 0 background, class + 1, 255 open.
 
@@ -143,7 +143,7 @@ def _lpcam(
     base: Host,
     dataset: SegmentationDataset,
     settings: Seeding,
-    num_workers: int,
+    num_workers: int | None,
 ) -> MapSetting:
     """LPCAM with the prototypes of the base."""
     pictures, chosen = prototype_pictures(dataset, settings.draw)

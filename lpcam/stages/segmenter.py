@@ -86,7 +86,7 @@ def train(
     *,
     backbone: str,
     seed: int,
-    num_workers: int,
+    num_workers: int | None,
     logger: Any,
 ) -> dict[str, float]:
     """Train the network, going on from the last checkpoint of a killed run.
@@ -193,7 +193,7 @@ def segmented(
     pictures: Sequence[Picture],
     *,
     precision: str,
-    num_workers: int,
+    num_workers: int | None,
 ) -> Stage:
     """The network's masks of pictures, see :class:`~lpcam.segmentation.predict.MaskWriter`.
 
