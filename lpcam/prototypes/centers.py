@@ -55,6 +55,23 @@ class Centers:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls(**tensors, signed=(file.metadata() or {}).get("signed", "keep"))
 
+    @classmethod
+    def together(cls, parts: Sequence["Centers"]) -> "Centers":
+        """All centres, of which each part has some classes'.
+
+        Args:
+            parts: Class c is taken from the one at c modulo their number, see
+                :func:`~lpcam.storage.ranks.dealt`.
+        """
+        first = parts[0]
+
+        def merged(name: str) -> Tensor:
+            owners = (parts[c % len(parts)] for c in range(len(first.centers)))
+            return torch.stack([getattr(owner, name)[c] for c, owner in enumerate(owners)])
+
+        centers, counts, nearest = map(merged, ("centers", "counts", "nearest"))
+        return cls(centers, counts, nearest, first.signed, first.mean)
+
 
 @pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
 class Clustering:
@@ -157,6 +174,7 @@ def fit_centers(
     dim: int,
     read_map: Callable[[int, int], np.ndarray] | None = None,
     chosen: Sequence[Sequence[int]] | None = None,
+    only: Collection[int] | None = None,
     progress: bool = False,
 ) -> Centers:
     """Collect and cluster, class by class (section 3.2 of the paper).
@@ -173,6 +191,7 @@ def fit_centers(
         read_map: Gives a picture's map of a class by both indices, in the place of the head's; see
             :func:`~lpcam.prototypes.local_features.split_features`.
         chosen: For each class the pictures to use; by default all that show it.
+        only: Indices of the classes to cluster; by default all. The others' centres stay zero.
         progress: Show a bar.
 
     Raises:
@@ -214,12 +233,13 @@ def fit_centers(
                 ) from error
             centers[c, side, :n], counts[c, side, :n], nearest[c, side, :n] = fitted
 
-    for c, name in enumerate(track(classes, "Clustering", disable=not progress)):
+    wanted = range(len(classes)) if only is None else sorted(only)
+    for c in track(wanted, "Clustering", disable=not progress):
         if chosen[c]:
             fit_class(c)
         elif not settings.allow_missing:
             raise InputError(
-                f"class {name!r} has no picture to learn prototypes from; "
+                f"class {classes[c]!r} has no picture to learn prototypes from; "
                 "add some or set prototypes.allow_missing=true"
             )
     return Centers(centers, counts, nearest, signed, mean)

@@ -13,6 +13,7 @@ from lpcam.prototypes.local_features import Draw, draw_pictures
 from lpcam.stages.features import read_features
 from lpcam.storage.arrays import stored
 from lpcam.storage.hashing import digest
+from lpcam.storage.ranks import dealt, gathered, is_main_process, joined
 from lpcam.storage.store import Stage
 
 
@@ -58,7 +59,8 @@ def centers(
     }
     stage = Stage(store, "centers", inputs)
     kept_maps = settings.split == "multi_scale" or not host.maps_from_features
-    with stage.build() as folder:
+    # Where processes can talk each clusters some of the classes; otherwise one does, others wait.
+    with stage.build(together=joined()) as folder:
         if folder:
             pictures = dataset.pictures(dataset.prototype_split)
 
@@ -66,16 +68,22 @@ def centers(
                 place = (pictures[index].labels or ()).index(class_index)
                 return read_features(found, pictures[index], "maps")[place]
 
-            fit_centers(
-                lambda index: read_features(found, pictures[index], "local"),
-                multi_hot(pictures, len(dataset.classes)),
-                host,
-                dataset.classes,
-                settings,
-                dim=host.backbone.dim,
-                read_map=read_map if kept_maps else None,
-                chosen=chosen,
-                progress=True,
-            ).save(folder / "centers.safetensors")
+            def fit() -> Centers:
+                return fit_centers(
+                    lambda index: read_features(found, pictures[index], "local"),
+                    multi_hot(pictures, len(dataset.classes)),
+                    host,
+                    dataset.classes,
+                    settings,
+                    dim=host.backbone.dim,
+                    read_map=read_map if kept_maps else None,
+                    chosen=chosen,
+                    only=dealt(len(dataset.classes)),
+                    progress=is_main_process(),
+                )
+
+            whole = Centers.together(gathered(fit))
+            if is_main_process() or not joined():
+                whole.save(folder / "centers.safetensors")
     with stored(stage.folder / "centers.safetensors") as path:
         return stage, Centers.load(path)

@@ -4,7 +4,10 @@ Lightning starts them, and joins them when its first trainer runs. Before that t
 wait for: each process comes by the same way to the trainer that joins them.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeVar
+
+from lpcam.errors import InputError
 
 T = TypeVar("T")
 
@@ -24,7 +27,7 @@ def rank() -> int:
 
 def barrier() -> None:
     """Wait until every process has come here."""
-    if _joined():
+    if joined():
         import torch
 
         torch.distributed.barrier()
@@ -32,7 +35,7 @@ def barrier() -> None:
 
 def agree(value: T) -> T:
     """What the first process says, in all of them."""
-    if not _joined():
+    if not joined():
         return value
     import torch
 
@@ -41,7 +44,40 @@ def agree(value: T) -> T:
     return said[0]
 
 
-def _joined() -> bool:
+def dealt(count: int) -> range:
+    """Which of so many items are this process's; all, where no others are joined yet."""
+    if not joined():
+        return range(count)
+    import torch
+
+    return range(rank(), count, torch.distributed.get_world_size())
+
+
+def gathered(make: Callable[[], T]) -> list[T]:
+    """What a function gives in each of the processes, in all of them.
+
+    Raises:
+        InputError: It did in one of them; so no other waits for that one.
+    """
+    if not joined():
+        return [make()]
+    import torch
+
+    said: Any
+    try:
+        said = make()
+    except InputError as error:
+        said = error
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, said)
+    for one in found:
+        if isinstance(one, InputError):
+            raise one
+    return found
+
+
+def joined() -> bool:
+    """Whether the processes of a job can talk already; never in a job of one."""
     import torch
 
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pytorch_lightning.utilities import rank_zero_only
 
-from lpcam.storage.ranks import agree, barrier, is_main_process
+from lpcam.storage.ranks import agree, barrier, dealt, gathered, is_main_process
 from tests.conftest import ROOT
 
 # Each process of a job prints what it finds. The second comes later, and finishes later.
@@ -17,7 +17,8 @@ PROCESS = """
 import sys, time
 from pathlib import Path
 import torch.distributed as dist
-from lpcam.storage.ranks import agree, is_main_process
+from lpcam.errors import InputError
+from lpcam.storage.ranks import agree, dealt, gathered, is_main_process
 from lpcam.storage.store import Stage
 
 root, port, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -30,6 +31,16 @@ for _ in range(2):
             time.sleep(0.5 * rank)
             (folder / f"{rank}.txt").touch()
     print(folder is not None, sorted(path.name for path in stage.folder.glob("*.txt")))
+print(list(dealt(5)), gathered(lambda: 10 * rank))
+
+def fail():
+    if rank == 1:
+        raise InputError("the second's mistake")
+
+try:
+    gathered(fail)
+except InputError as error:
+    print(error)
 dist.destroy_process_group()
 """
 
@@ -62,7 +73,13 @@ def test_processes_finish_a_stage_together(tmp_path: Path) -> None:
             job.kill()
     both = "['0.txt', '1.txt']"
     for lines, first in zip(printed, (True, False), strict=True):
-        assert lines == [f"{first} said by 0", f"True {both}", f"False {both}"]
+        assert lines == [
+            f"{first} said by 0",
+            f"True {both}",
+            f"False {both}",
+            f"{[0, 2, 4] if first else [1, 3]} [0, 10]",
+            "the second's mistake",
+        ]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 8])
@@ -71,6 +88,8 @@ def test_one_process_asks_nobody(monkeypatch: pytest.MonkeyPatch, rank: int) -> 
     assert is_main_process() == (rank == 0)
     barrier()
     assert agree(rank) == rank
+    assert list(dealt(3)) == [0, 1, 2]
+    assert gathered(lambda: rank) == [rank]
 
 
 @pytest.mark.slow
