@@ -3,6 +3,7 @@
 import os
 import runpy
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,18 @@ TINY_INFER = (
 def same_random_numbers() -> None:
     """A failing test fails again, in any order and on any worker."""
     seed_everything(0, verbose=False)
+
+
+def unpacked(folder: Path) -> dict[str, bytes]:
+    """All records of a stage's folder by name, as anything that knows tar finds them."""
+    found = {}
+    for shard in folder.glob("*.tar"):
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                content = archive.extractfile(member)
+                assert content is not None
+                found[member.name] = content.read()
+    return found
 
 
 @dataclass(frozen=True)

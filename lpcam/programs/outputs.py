@@ -1,7 +1,6 @@
 """What a run puts into its own folder and into its log."""
 
 import functools
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from lpcam.reporting.tracking import recording, start
 from lpcam.reporting.wandb_content import log_results
 from lpcam.seeds.masks import mark_unsure, seed_mask
 from lpcam.seeds.palette import save_mask
-from lpcam.seeds.record import load_seed
+from lpcam.seeds.record import read_seed
 from lpcam.stages.features import read_features
 from lpcam.storage.files import write_atomically, write_json
 from lpcam.storage.hashing import tensors_digest
@@ -85,9 +84,8 @@ def _save_maps(
     def write(picture: Picture) -> None:
         file = f"{picture.id}.npz"
         for name, stage in copied.items():
-            # No hard link: who overwrites a run's file in place would change the store's.
-            shutil.copyfile(stage.folder / file, output / name / file)
-        seed = load_seed((refined or seeds).folder / file)
+            write_atomically(output / name / file, stage.records.read(file))
+        seed = read_seed((refined or seeds).records, picture.id)
         maps = seed.full_size()
         mask = seed_mask(maps, seed.keys, background)
         mask = mark_unsure(mask, maps, background, unsure_band)

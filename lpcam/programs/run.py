@@ -305,7 +305,7 @@ class Run:
             name: Method(
                 title,
                 scored[name],
-                {split: maps[name][split].folder for split in self.dataset.map_splits},
+                {split: maps[name][split].records for split in self.dataset.map_splits},
             )
             for name, title in self.titles.items()
         }

@@ -36,6 +36,7 @@ from lpcam.settings import CHECKED, Text
 from lpcam.stages.scores import mask_scores
 from lpcam.stages.segmenter import NETWORK, segmented, segmenter_stage, trained_network
 from lpcam.storage.files import write_atomically, write_json
+from lpcam.storage.records import Records
 from lpcam.storage.store import Stage
 
 # Overrides of infer.py that train.py needs too, to train the network that is looked for.
@@ -227,7 +228,9 @@ class SegmentationRun:
             for key, value in result.metrics(self.dataset.classes, float("nan")).items()
         }
         methods = {
-            name: MaskMethod(TITLES[name], scored[name], folders)
+            name: MaskMethod(
+                TITLES[name], scored[name], {split: Records(f) for split, f in folders.items()}
+            )
             for name, folders in self._folders.items()
         }
         stages = {f"masks of {split}": stage for split, stage in self._segmented.items()}
@@ -258,7 +261,8 @@ def save(output: Path, cfg: DictConfig, run: SegmentationRun, results: Results) 
             targets[-1].mkdir(parents=True, exist_ok=True)
         for picture in run.dataset.pictures(split):
             for target in targets:
-                shutil.copyfile(final[split] / f"{picture.id}.png", target / f"{picture.id}.png")
+                name = f"{picture.id}.png"
+                shutil.copyfile(final[split].folder / name, target / name)
     if run.wanted.export == "coco":
         export_coco(folder, output / "coco_results.json", CATEGORY_IDS)
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -12,7 +11,8 @@ from rich.table import Table
 from lpcam.data.dataset import Picture, open_image
 from lpcam.evaluation.segmentation import SegmentationResult
 from lpcam.seeds.masks import seed_mask
-from lpcam.seeds.record import SeedRecord, load_seed
+from lpcam.seeds.record import SeedRecord, read_seed
+from lpcam.storage.records import Records
 
 AT_BEST = ("miou", "precision", "recall", "fp", "fn")
 # Heading, whether more (1) or less (-1) is better, factor, format.
@@ -36,12 +36,12 @@ class Method:
     Attributes:
         name: As shown: ``CAM``, ``LPCAM``, ...
         results: Scores by split; a split without masks is left out.
-        maps: By split, the folder of its seed records ``<id>.npz``.
+        maps: Its seed records, by split.
     """
 
     name: str
     results: Mapping[str, SegmentationResult]
-    maps: Mapping[str, Path]
+    maps: Mapping[str, Records]
 
     def threshold(self, split: str, otherwise: float) -> float:
         """The split's best background threshold, or another where the split has no scores."""
@@ -50,7 +50,7 @@ class Method:
 
     def seed(self, split: str, picture: Picture) -> SeedRecord:
         """The maps of a picture."""
-        return load_seed(self.maps[split] / f"{picture.id}.npz")
+        return read_seed(self.maps[split], picture.id)
 
     def mask(self, split: str, picture: Picture, otherwise: float) -> np.ndarray:
         """The mask ``(H, W)`` of a picture at :meth:`threshold`."""
@@ -59,11 +59,11 @@ class Method:
 
 
 class MaskMethod(Method):
-    """A way of making masks; instead of seed records its folders hold ``<id>.png``."""
+    """A way of making masks; its records are masks ``<id>.png``, files all."""
 
     def mask(self, split: str, picture: Picture, otherwise: float) -> np.ndarray:
         """The mask ``(H, W)`` of a picture."""
-        return np.asarray(open_image(self.maps[split] / f"{picture.id}.png"))
+        return np.asarray(open_image(self.maps[split].folder / f"{picture.id}.png"))
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ pickled. ``np.load`` reads it.
 
 import io
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 from zipfile import ZIP_BZIP2, ZIP_DEFLATED, ZipFile, ZipInfo
 
 import numpy as np
@@ -19,6 +22,7 @@ from torch import Tensor
 from lpcam.errors import InputError
 from lpcam.storage.arrays import DAMAGE, read_arrays
 from lpcam.storage.files import write_atomically
+from lpcam.storage.records import Records
 
 # Maps are stored in multiples of this, at most 0.001 off: a tenth of the step between the
 # thresholds that they are scored at. The digits below are noise, and noise does not compress.
@@ -55,7 +59,12 @@ def grid_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def save_seed(path: Path, seed: SeedRecord) -> None:
-    """Write a seed record, its maps rounded to multiples of :data:`STEP`."""
+    """Write a seed record into a file of its own, see :func:`seed_bytes`."""
+    write_atomically(path, seed_bytes(seed))
+
+
+def seed_bytes(seed: SeedRecord) -> bytes:
+    """The bytes of a seed record, its maps rounded to multiples of :data:`STEP`."""
     arrays: dict[str, np.ndarray] = {
         "keys": seed.keys.astype(np.int64),
         "maps": (np.round(seed.maps.astype(np.float32) / STEP) * STEP).astype(np.float16),
@@ -69,7 +78,7 @@ def save_seed(path: Path, seed: SeedRecord) -> None:
             np.lib.format.write_array(data, array, allow_pickle=False)
             kind = _compression(data.getvalue(), LARGE * max(len(seed.keys), 1))
             archive.writestr(entry, data.getvalue(), kind, compresslevel=1)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _compression(data: bytes, large: int) -> int:
@@ -81,14 +90,35 @@ def _compression(data: bytes, large: int) -> int:
 
 
 def load_seed(path: Path) -> SeedRecord:
-    """Read a seed record.
+    """Read the file of a seed record.
 
     Raises:
         InputError: The file is missing or damaged.
     """
+    with _seed_of(path):
+        return _decoded(path)
+
+
+def read_seed(records: Records, image_id: str) -> SeedRecord:
+    """Read a picture's seed record.
+
+    Raises:
+        InputError: It is missing or damaged.
+    """
+    name = f"{image_id}.npz"
+    with _seed_of(records.folder / name), records.open(name) as file:
+        return _decoded(file)
+
+
+def _decoded(file: Path | BinaryIO) -> SeedRecord:
+    arrays = read_arrays(file)
+    height, width = (int(side) for side in arrays["size"])
+    return SeedRecord(arrays["keys"], arrays["maps"], (height, width))
+
+
+@contextmanager
+def _seed_of(path: Path) -> Iterator[None]:
     try:
-        arrays = read_arrays(path)
-        height, width = (int(side) for side in arrays["size"])
-        return SeedRecord(arrays["keys"], arrays["maps"], (height, width))
+        yield
     except DAMAGE as error:
         raise InputError(f"{path}: not a readable seed record ({error}); delete it") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lpcam.data.dataset import Picture, fingerprint, open_picture
-from lpcam.seeds.record import load_seed
+from lpcam.seeds.record import read_seed
 from lpcam.seeds.threshold import STEPS, chosen_score, foreground_shares, parting
 from lpcam.storage.arrays import stored
 from lpcam.storage.parallel import for_each
@@ -35,19 +35,19 @@ def backgrounds(
         stage.key: Stage(store, "backgrounds", {"maps": stage.key, "pictures": looked_at})
         for stage in maps.values()
     }
-    folders = {stage.key: stage.folder for stage in maps.values()}
+    records = {stage.key: stage.records for stage in maps.values()}
     with ExitStack() as stack:
         todo = []
         for key in sorted(stages):
             folder = stack.enter_context(stages[key].build())
             if folder:
                 # A row a picture, so that the sum does not depend on which one was ready first.
-                todo.append((folder, folders[key], np.zeros((len(chosen), STEPS + 1))))
+                todo.append((folder, records[key], np.zeros((len(chosen), STEPS + 1))))
 
         def look(place: int) -> None:
             image = open_picture(chosen[place].path)
             for _, source, rows in todo:
-                found = parting(image, load_seed(source / f"{chosen[place].id}.npz"))
+                found = parting(image, read_seed(source, chosen[place].id))
                 if found is not None:
                     rows[place] = found
 
@@ -81,7 +81,7 @@ def matched_background(
 
     def look(place: int) -> None:
         for stage, rows in ((seeds, before), (refined, after)):
-            seed = load_seed(stage.folder / f"{chosen[place].id}.npz")
+            seed = read_seed(stage.records, chosen[place].id)
             rows[place] = foreground_shares(seed) * seed.size[0] * seed.size[1]
 
     for_each(look, range(len(chosen)), "Matching thresholds")

@@ -1,12 +1,11 @@
 """Lightning callbacks that turn predictions into files as they come: local features, and maps.
 
-Each picture's file is written whole under its own name, so that a killed run loses at most the
-pictures of one batch and several processes can share the work.
+Each picture's record is written whole under its own name, so that a killed run loses at most the
+pictures of a few batches and several processes can share the work.
 """
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -18,32 +17,32 @@ from lpcam.errors import InputError
 from lpcam.functional import normalize_maps
 from lpcam.models.host import Host
 from lpcam.prototypes.maps import HostViews, MapMaker, sampled_maps
-from lpcam.seeds.record import SeedRecord, save_seed
+from lpcam.seeds.record import SeedRecord, seed_bytes
 from lpcam.stages.finer import read_finer
-from lpcam.storage.files import write_atomically
 from lpcam.storage.parallel import Beside
+from lpcam.storage.records import Records
 from lpcam.storage.store import Stage
 
 
 class FeatureCallback(BasePredictionWriter):
     """Write each picture's local features at its own size, for clustering and for the head.
 
-    A file ``<id>.npz`` holds ``pooled`` (D,) float32, the mean feature, and ``local`` (h, w, D)
+    A record ``<id>.npz`` holds ``pooled`` (D,) float32, the mean feature, and ``local`` (h, w, D)
     float16 unless left out. It may also hold ``maps`` (L, h, w) float32 in 0..1, the host's own of
     the picture's classes in ascending order.
 
     The first scale of the pictures must be 1; it gives the features.
 
     Args:
-        folder: Where the files go.
+        records: Where they go.
         local: Whether to write the local features too.
         maps: Which maps to write: of the ``single_view`` that gives the features, or over all
             scales and mirror images, :func:`~lpcam.prototypes.maps.sampled_maps`; None for none.
     """
 
-    def __init__(self, folder: Path, *, local: bool, maps: str | None = None) -> None:
+    def __init__(self, records: Records, *, local: bool, maps: str | None = None) -> None:
         super().__init__("batch")
-        self.folder = folder
+        self.records = records
         self.local = local
         self.maps = maps
 
@@ -74,7 +73,7 @@ class FeatureCallback(BasePredictionWriter):
             check_finite(image_id, *arrays.values())
             buffer = io.BytesIO()
             np.savez(buffer, **arrays)
-            write_atomically(self.folder / f"{image_id}.npz", buffer.getvalue())
+            self.records.write(f"{image_id}.npz", buffer.getvalue())
 
 
 class LPCAMCallback(BasePredictionWriter):
@@ -82,8 +81,8 @@ class LPCAMCallback(BasePredictionWriter):
 
     Args:
         maker: Makes the maps.
-        folders: Where the ``<id>.npz`` of each of its settings go.
-        kept: Where the features of each picture go that LPCAM reads, a file ``<id>.npz`` with an
+        records: Where the ``<id>.npz`` of each of its settings go.
+        kept: Where the features of each picture go that LPCAM reads, a record ``<id>.npz`` with an
             array ``(D, h, w)`` float16 a scale in the order of the scales; None for nowhere.
         finer: The stage of the features that maps propagate by; None where none does.
     """
@@ -91,14 +90,14 @@ class LPCAMCallback(BasePredictionWriter):
     def __init__(
         self,
         maker: MapMaker,
-        folders: Sequence[Path],
+        records: Sequence[Records],
         *,
-        kept: Path | None = None,
+        kept: Records | None = None,
         finer: Stage | None = None,
     ) -> None:
         super().__init__("batch")
         self.maker = maker
-        self.folders = folders
+        self.records = records
         self.kept = kept
         self.finer = finer
         # The next forward pass does not wait for files to be compressed and written.
@@ -130,7 +129,7 @@ class LPCAMCallback(BasePredictionWriter):
             self._writing.call(_write_features, self.kept, batch["ids"], halves)
         halved = [found.half().cpu() for found in maps]
         size = batch["size"]
-        self._writing.call(write_maps, self.folders, batch["ids"], halved, labels.cpu(), size)
+        self._writing.call(write_maps, self.records, batch["ids"], halved, labels.cpu(), size)
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait for the last files."""
@@ -150,17 +149,17 @@ def check_finite(image_id: str, *arrays: np.ndarray) -> None:
         )
 
 
-def _write_features(folder: Path, ids: Sequence[str], scales: Sequence[np.ndarray]) -> None:
-    """Write the features ``(B, D, h, w)`` of each scale, a file a picture."""
+def _write_features(records: Records, ids: Sequence[str], scales: Sequence[np.ndarray]) -> None:
+    """Write the features ``(B, D, h, w)`` of each scale, a record a picture."""
     for place, image_id in enumerate(ids):
         check_finite(image_id, *[features[place] for features in scales])
         buffer = io.BytesIO()
         np.savez(buffer, *[features[place] for features in scales])
-        write_atomically(folder / f"{image_id}.npz", buffer.getvalue())
+        records.write(f"{image_id}.npz", buffer.getvalue())
 
 
 def write_maps(
-    folders: Sequence[Path],
+    records: Sequence[Records],
     ids: Sequence[str],
     maps: Sequence[Tensor],
     labels: Tensor,
@@ -169,17 +168,17 @@ def write_maps(
     """Write seed records ``<id>.npz`` of pictures of one size.
 
     Args:
-        folders: Where they go, for each setting.
+        records: Where they go, for each setting.
         ids: Names of the B pictures.
         maps: For each setting ``(L, h, w)``; L counts the True labels, picture by picture.
         labels: Which classes were mapped ``(B, C)`` bool.
         size: Height and width of the pictures.
     """
     ends = labels.sum(1).cumsum(0).tolist()
-    for folder, stacked in zip(folders, maps, strict=True):
+    for found, stacked in zip(records, maps, strict=True):
         values = stacked.half().cpu().numpy()
         for image_id, shown, end in zip(ids, labels.cpu(), ends, strict=True):
             keys = shown.nonzero()[:, 0].numpy()
             check_finite(image_id, values[end - len(keys) : end])
             record = SeedRecord(keys, values[end - len(keys) : end], size)
-            save_seed(folder / f"{image_id}.npz", record)
+            found.write(f"{image_id}.npz", seed_bytes(record))

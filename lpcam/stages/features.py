@@ -17,8 +17,9 @@ from lpcam.models.training import MakeTrainer
 from lpcam.settings import CHECKED
 from lpcam.stages.callbacks import FeatureCallback
 from lpcam.stages.passes import ViewSettings, check_space, feature_bytes, predict
-from lpcam.storage.arrays import read_arrays, stored
+from lpcam.storage.arrays import read_arrays, stored_record
 from lpcam.storage.ranks import agree
+from lpcam.storage.records import Records
 from lpcam.storage.store import Stage
 
 
@@ -44,7 +45,7 @@ def features(
     sampled: ViewSettings | None = None,
     limit: FeatureLimit | None = None,
 ) -> Stage:
-    """Features of each picture, not mirrored: ``<id>.npz``.
+    """Features of each picture, not mirrored: records ``<id>.npz``.
 
     Args:
         store: The store's folder.
@@ -91,15 +92,16 @@ def features(
             )
     with stage.build(resume=True, together=True) as folder:
         if folder:
+            records = Records(folder)
             if local:
-                check_space(folder, host, pictures, [1.0])
+                check_space(records, host, pictures, [1.0])
             others = [scale for scale in sampled.scales if scale != 1] if sampled else []
             predict(
                 make_trainer,
                 host,
                 pictures,
-                FeatureCallback(folder, local=local, maps=maps),
-                done=lambda picture: (folder / f"{picture.id}.npz").is_file(),
+                FeatureCallback(records, local=local, maps=maps),
+                done=lambda picture: f"{picture.id}.npz" in records,
                 scales=[1.0, *others],
                 flip=sampled is not None and sampled.flip,
                 batch_size=1,
@@ -110,5 +112,5 @@ def features(
 
 def read_features(stage: Stage, picture: Picture, name: str) -> np.ndarray:
     """One array of one picture from a features stage, see :class:`FeatureCallback`."""
-    with stored(stage.folder / f"{picture.id}.npz") as path:
-        return read_arrays(path, name)[name]
+    with stored_record(stage.records, f"{picture.id}.npz") as file:
+        return read_arrays(file, name)[name]

@@ -15,8 +15,8 @@ from lpcam.data.loaders import ViewBatch, normalized, view_loader
 from lpcam.models.backbones import Backbone
 from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer
-from lpcam.storage.arrays import read_arrays, stored
-from lpcam.storage.files import write_atomically
+from lpcam.storage.arrays import read_arrays, stored_record
+from lpcam.storage.records import Records
 from lpcam.storage.store import Stage
 
 
@@ -42,8 +42,9 @@ def finer_features(
     inputs = {"features": host.feature_key, "pictures": fingerprint(pictures)}
     stage = Stage(store, "finer", inputs)
     with stage.build(resume=True, together=True) as folder:
-        missing = [p for p in pictures if folder and not (folder / f"{p.id}.npz").is_file()]
-        if folder and missing:
+        records = Records(folder) if folder else None
+        missing = [p for p in pictures if records and f"{p.id}.npz" not in records]
+        if records and missing:
             backbone = host.backbone
             loader = view_loader(
                 missing,
@@ -53,7 +54,7 @@ def finer_features(
                 num_workers=num_workers,
             )
             trainer = make_trainer(
-                logger=False, callbacks=[_Writer(folder)], enable_checkpointing=False
+                logger=False, callbacks=[_Writer(records)], enable_checkpointing=False
             )
             trainer.predict(_Stage(backbone.fused()), loader, return_predictions=False)
             trainer.strategy.barrier()
@@ -66,8 +67,8 @@ def read_finer(stage: Stage, image_id: str) -> Tensor:
     Raises:
         InputError: The file is missing or damaged.
     """
-    with stored(stage.folder / f"{image_id}.npz") as path:
-        return torch.from_numpy(read_arrays(path)["stage"]).float()
+    with stored_record(stage.records, f"{image_id}.npz") as file:
+        return torch.from_numpy(read_arrays(file)["stage"]).float()
 
 
 class _Stage(pl.LightningModule):
@@ -83,9 +84,9 @@ class _Stage(pl.LightningModule):
 
 
 class _Writer(BasePredictionWriter):
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, records: Records) -> None:
         super().__init__("batch")
-        self.folder = folder
+        self.records = records
 
     def write_on_batch_end(
         self,
@@ -100,4 +101,4 @@ class _Writer(BasePredictionWriter):
         for image_id, features in zip(batch["ids"], prediction, strict=True):
             buffer = io.BytesIO()
             np.savez(buffer, stage=features.half().cpu().numpy())
-            write_atomically(self.folder / f"{image_id}.npz", buffer.getvalue())
+            self.records.write(f"{image_id}.npz", buffer.getvalue())

@@ -8,10 +8,11 @@ import numpy as np
 
 from lpcam.data.dataset import Picture, SegmentationDataset
 from lpcam.evaluation.localisation import LocalisationCounts, count_pair
-from lpcam.seeds.record import load_seed
+from lpcam.seeds.record import read_seed
 from lpcam.storage.arrays import read_arrays
 from lpcam.storage.hashing import digest
 from lpcam.storage.parallel import for_each
+from lpcam.storage.records import Records
 from lpcam.storage.store import Stage
 
 
@@ -38,7 +39,7 @@ def localisation(
             stage = Stage(store, "localisation", {"maps": found.key, "truth": truth})
             with stage.build() as folder:
                 if folder:
-                    total = _count(found.folder, dataset, pictures, boxes, f"{name} of {split}")
+                    total = _count(found.records, dataset, pictures, boxes, f"{name} of {split}")
                     np.savez(folder / "counts.npz", **vars(total))
             kept = read_arrays(stage.folder / "counts.npz")
             total = LocalisationCounts(kept["hits"], int(kept["boxed"]), kept["pixels"])
@@ -47,7 +48,7 @@ def localisation(
 
 
 def _count(
-    folder: Path,
+    records: Records,
     dataset: SegmentationDataset,
     pictures: list[Picture],
     boxes: Mapping[str, Mapping[int, list[tuple[float, float, float, float]]]],
@@ -58,7 +59,7 @@ def _count(
     adding = threading.Lock()
 
     def count(picture: Picture) -> None:
-        seed, mask = load_seed(folder / f"{picture.id}.npz"), dataset.mask(picture)
+        seed, mask = read_seed(records, picture.id), dataset.mask(picture)
         for index, scores in zip(seed.keys.tolist(), seed.maps, strict=True):
             true = boxes[picture.id].get(index, [])
             found = count_pair(scores, index, classes, mask, true)

@@ -18,10 +18,11 @@ from lpcam.settings import CHECKED, Count, Share
 from lpcam.stages.callbacks import LPCAMCallback, write_maps
 from lpcam.stages.finer import finer_features, read_finer
 from lpcam.stages.passes import ViewSettings, check_space, feature_bytes, predict
-from lpcam.storage.arrays import read_arrays, stored
+from lpcam.storage.arrays import read_arrays, stored_record
 from lpcam.storage.hashing import tensors_digest
 from lpcam.storage.parallel import for_each
 from lpcam.storage.ranks import agree, is_main_process
+from lpcam.storage.records import Records
 from lpcam.storage.store import Stage
 
 
@@ -69,7 +70,7 @@ def maps(
     *,
     num_workers: int | None,
 ) -> dict[str, Stage]:
-    """Maps of every setting from one pass over the pictures: seed records ``<id>.npz``.
+    """Maps of every setting from one pass over the pictures: seed records.
 
     The pass also keeps the features of all scales, if the pictures' are small enough. Then further
     settings of LPCAM are made from them, without the host.
@@ -98,40 +99,42 @@ def maps(
     distinct = {stages[name].key: name for name in settings}
     views = Stage(store, "views", common, version=2)
     with ExitStack() as stack:
-        missing: dict[Path, MapSetting] = {}
+        missing: list[Records] = []
+        wanted: list[MapSetting] = []
         for key in sorted(distinct):  # every process takes the locks in the same order
             folder = stack.enter_context(stages[distinct[key]].build(resume=True, together=True))
             if folder:
-                missing[folder] = settings[distinct[key]]
+                missing.append(Records(folder))
+                wanted.append(settings[distinct[key]])
         if not missing:
             return stages
-        kept = None
-        wanted = list(missing.values())
-        if not host.finishes and (
+        keeps = not host.finishes and (
             agree(views.done)
             or feature_bytes(host, pictures, inference.scales) <= inference.keep_features * 1e9
-        ):
-            # Where another process is making them this waits, and finds them done.
-            kept = stack.enter_context(views.build(resume=True, together=True)) or views.folder
-            if kept != views.folder:
-                check_space(kept, host, pictures, inference.scales)
-        maker = MapMaker(
-            wanted, eps=inference.eps, factors=inference.scales, rounded=kept is not None
         )
+        kept, ready = None, False
+        if keeps:
+            # Where another process is making them this waits, and finds them done.
+            folder = stack.enter_context(views.build(resume=True, together=True))
+            ready = folder is None
+            if folder:
+                kept = Records(folder)
+                check_space(kept, host, pictures, inference.scales)
+        maker = MapMaker(wanted, eps=inference.eps, factors=inference.scales, rounded=keeps)
         finer = None
         if any(setting.propagation for setting in wanted):
             finer = finer_features(store, make_trainer, host, pictures, num_workers=num_workers)
-        if kept == views.folder and all(setting.directions is not None for setting in wanted):
+        if ready and all(setting.directions is not None for setting in wanted):
             if is_main_process():
-                _maps_from_kept(views, finer, host.num_classes, pictures, maker, list(missing))
+                _maps_from_kept(views, finer, host.num_classes, pictures, maker, missing)
             return stages
-        folders = [*missing, *([kept] if kept else [])]
+        records = [*missing, *([kept] if kept else [])]
         predict(
             make_trainer,
             host,
             pictures,
-            LPCAMCallback(maker, list(missing), kept=kept, finer=finer),
-            done=lambda p: all((folder / f"{p.id}.npz").is_file() for folder in folders),
+            LPCAMCallback(maker, missing, kept=kept, finer=finer),
+            done=lambda p: all(f"{p.id}.npz" in found for found in records),
             scales=inference.scales,
             flip=inference.flip,
             batch_size=inference.batch_size,
@@ -167,21 +170,22 @@ def _maps_from_kept(
     num_classes: int,
     pictures: Sequence[Picture],
     maker: MapMaker,
-    folders: Sequence[Path],
+    records: Sequence[Records],
 ) -> None:
     """What a pass of :class:`LPCAMCallback` would write, without the host."""
 
     def write(picture: Picture) -> None:
-        if all((folder / f"{picture.id}.npz").is_file() for folder in folders):
+        name = f"{picture.id}.npz"
+        if all(name in found for found in records):
             return
         with open_image(picture.path, decode=False) as image:
             size = (image.height, image.width)
-        with stored(views.folder / f"{picture.id}.npz") as path:
-            kept = read_arrays(path)
+        with stored_record(views.records, name) as file:
+            kept = read_arrays(file)
         features = [torch.from_numpy(scale)[None, None].float() for scale in kept.values()]
         labels = torch.from_numpy(multi_hot([picture], num_classes)).bool()
         stages = [read_finer(finer, picture.id)] if finer else None
         found = maker([HostViews(scale) for scale in features], labels, size, stages=stages)
-        write_maps(folders, [picture.id], found, labels, size)
+        write_maps(records, [picture.id], found, labels, size)
 
     for_each(write, pictures, "Maps")

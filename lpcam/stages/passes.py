@@ -3,7 +3,6 @@
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated
 
 import pydantic
@@ -18,6 +17,7 @@ from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer
 from lpcam.settings import CHECKED, Scale
 from lpcam.stages.memory import check_memory, reused_memory
+from lpcam.storage.records import Records
 
 
 def _once(scales: tuple[float, ...]) -> tuple[float, ...]:
@@ -60,14 +60,15 @@ def feature_bytes(host: Host, pictures: Sequence[Picture], scales: Sequence[floa
 
 
 def check_space(
-    folder: Path, host: Host, pictures: Sequence[Picture], scales: Sequence[float]
+    records: Records, host: Host, pictures: Sequence[Picture], scales: Sequence[float]
 ) -> None:
-    """Make sure that the disk has room for the features that a folder still lacks.
+    """Make sure that the disk has room for the features that are not among the records yet.
 
     Raises:
         InputError: It has not, or a picture cannot be read.
     """
-    missing = [picture for picture in pictures if not (folder / f"{picture.id}.npz").is_file()]
+    missing = [picture for picture in pictures if f"{picture.id}.npz" not in records]
+    folder = records.folder
     needed, free = feature_bytes(host, missing, scales), shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(

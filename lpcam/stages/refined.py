@@ -12,14 +12,11 @@ from lpcam.data.dataset import Picture, SegmentationDataset, fingerprint, open_p
 from lpcam.models.host import Host
 from lpcam.models.training import MakeTrainer
 from lpcam.refiners.base import Refiner, TrainedRefiner
-from lpcam.seeds.record import SeedRecord, load_seed, save_seed
+from lpcam.seeds.record import SeedRecord, read_seed, seed_bytes
 from lpcam.storage.parallel import for_each
 from lpcam.storage.ranks import is_main_process
+from lpcam.storage.records import Records
 from lpcam.storage.store import Stage
-
-
-def _read_seed(folder: Path, picture: Picture) -> SeedRecord:
-    return load_seed(folder / f"{picture.id}.npz")
 
 
 def refined(
@@ -46,7 +43,7 @@ def refined(
         num_workers: Processes that decode pictures.
 
     Returns:
-        A stage a split: seed records ``<id>.npz``.
+        A stage a split: seed records.
     """
     stages = {}
     common: dict[str, Any] = {}
@@ -68,7 +65,7 @@ def refined(
                 refiner.fit(
                     folder,
                     pictures,
-                    partial(_read_seed, found[train_split].folder),
+                    partial(_read_seed, found[train_split].records),
                     host.backbone,
                     make_trainer,
                     num_workers=num_workers,
@@ -95,13 +92,18 @@ def refined(
             if isinstance(refiner, TrainedRefiner):
                 device = "cuda" if torch.cuda.is_available() else "cpu"
                 refiner.load(trained.folder, host.backbone, device)
-            refine = partial(_refine, refiner, found[split].folder, folder)
+            refine = partial(_refine, refiner, found[split].records, Records(folder))
             for_each(refine, pictures, f"Refining {split}")
     return stages
 
 
-def _refine(refiner: Refiner, seeds: Path, folder: Path, picture: Picture) -> None:
-    target = folder / f"{picture.id}.npz"
-    if not target.is_file():
-        seed = _read_seed(seeds, picture)
-        save_seed(target, refiner.refine(picture.id, open_picture(picture.path), seed))
+def _read_seed(records: Records, picture: Picture) -> SeedRecord:
+    return read_seed(records, picture.id)
+
+
+def _refine(refiner: Refiner, seeds: Records, records: Records, picture: Picture) -> None:
+    name = f"{picture.id}.npz"
+    if name not in records:
+        seed = read_seed(seeds, picture.id)
+        found = refiner.refine(picture.id, open_picture(picture.path), seed)
+        records.write(name, seed_bytes(found))

@@ -11,7 +11,7 @@ from lpcam.data.dataset import Picture, SegmentationDataset, read_mask
 from lpcam.errors import InputError
 from lpcam.evaluation.labels import LabelScore
 from lpcam.evaluation.segmentation import SegmentationResult, SegmentationScore
-from lpcam.seeds.record import load_seed
+from lpcam.seeds.record import read_seed
 from lpcam.storage.arrays import stored
 from lpcam.storage.hashing import digest
 from lpcam.storage.parallel import for_each
@@ -65,7 +65,7 @@ def _score(
         for key in sorted(stages):
             folder = stack.enter_context(stages[key].build())
             if folder:
-                todo.append((folder, found[key].folder, SegmentationScore(len(dataset.classes))))
+                todo.append((folder, found[key].records, SegmentationScore(len(dataset.classes))))
         adding = threading.Lock()
 
         def score(picture: Picture) -> None:
@@ -73,7 +73,7 @@ def _score(
             if mask is None:
                 return
             for _, source, total in todo:
-                seed = load_seed(source / f"{picture.id}.npz")
+                seed = read_seed(source, picture.id)
                 if mask.shape != seed.size:
                     raise InputError(
                         f"{picture.mask_path or picture.id}: mask of {mask.shape[1]}x"

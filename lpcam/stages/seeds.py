@@ -19,7 +19,7 @@ from lpcam.refiners.crf import check_backend
 from lpcam.refiners.irn.refiner import THRESHOLDS, thresholds_around
 from lpcam.refiners.labels import Method, relation_labels
 from lpcam.seeds.palette import save_mask
-from lpcam.seeds.record import load_seed
+from lpcam.seeds.record import read_seed
 from lpcam.settings import CHECKED
 from lpcam.stages.backgrounds import backgrounds
 from lpcam.stages.centers import centers, prototype_pictures
@@ -27,6 +27,7 @@ from lpcam.stages.features import features
 from lpcam.stages.maps import Inference, maps
 from lpcam.storage.parallel import for_each
 from lpcam.storage.ranks import agree, is_main_process
+from lpcam.storage.records import Records
 from lpcam.storage.store import Stage
 
 
@@ -130,7 +131,7 @@ def seeds(
         with stage.build(resume=True, together=True) as folder:
             if folder and is_main_process():
                 label = functools.partial(
-                    _label, found[split].folder, folder, settings.labels, scores.conf_fg,
+                    _label, found[split].records, folder, settings.labels, scores.conf_fg,
                     scores.conf_bg,
                 )  # fmt: skip
                 for_each(label, pictures, f"Seeds of {split}")
@@ -163,10 +164,10 @@ def _lpcam(
 
 
 def _label(
-    source: Path, target: Path, method: Method, conf_fg: float, conf_bg: float, picture: Picture
+    source: Records, target: Path, method: Method, conf_fg: float, conf_bg: float, picture: Picture
 ) -> None:
     path = target / f"{picture.id}.png"
     if not path.is_file():
-        seed = load_seed(source / f"{picture.id}.npz")
+        seed = read_seed(source, picture.id)
         image = open_picture(picture.path)
         save_mask(path, relation_labels(image, seed, method, conf_fg=conf_fg, conf_bg=conf_bg))

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tokenize import TokenError
+from typing import BinaryIO
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from safetensors import SafetensorError
 
 from lpcam.errors import InputError
+from lpcam.storage.records import Records
 
 # Everything that reading raises on a missing, cut, overwritten or hostile file.
 DAMAGE = (
@@ -28,11 +30,11 @@ LARGEST = 2**30
 _parsing = threading.Lock()
 
 
-def read_arrays(path: Path, only: str | None = None) -> dict[str, np.ndarray]:
+def read_arrays(path: Path | BinaryIO, only: str | None = None) -> dict[str, np.ndarray]:
     """Read arrays of a file; as ``np.load``, but safe in threads. Nothing is unpickled.
 
     Args:
-        path: An ``.npz`` file.
+        path: An ``.npz`` file, or one that is open.
         only: The one array that is wanted; None for all.
 
     Raises:
@@ -71,3 +73,21 @@ def stored(path: Path) -> Iterator[Path]:
             f"{path}: damaged since it was made ({type(error).__name__}); "
             f"run: lpcam store verify --root {root}"
         ) from error
+
+
+@contextmanager
+def stored_record(records: Records, name: str) -> Iterator[BinaryIO]:
+    """Open a record of the store for reading, as :func:`stored`.
+
+    Args:
+        records: The stage's records.
+        name: The record's name.
+
+    Yields:
+        The open record.
+
+    Raises:
+        InputError: It is missing, or the body raised what damage makes reading raise.
+    """
+    with stored(records.folder / name), records.open(name) as file:
+        yield file

@@ -34,15 +34,19 @@ def for_each(function: Callable[[T], None], items: Sequence[T], title: str) -> N
 
 
 class Beside:
-    """Calls functions in order on one thread of their own, a bounded number of them waiting.
+    """Calls functions on half of the cores, a bounded number of them waiting, in any order.
 
     What they raise is raised by a later :meth:`call`, or at the end.
+
+    Args:
+        waiting: How many may wait for each core.
     """
 
     def __init__(self, waiting: int = 8) -> None:
-        self._pool = ThreadPoolExecutor(1)
+        threads = max(1, torch.get_num_threads() // 2)
+        self._pool = ThreadPoolExecutor(threads)
         self._futures: deque[Future[Any]] = deque()
-        self._waiting = waiting
+        self._waiting = waiting * threads
 
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function soon; wait first while too many wait already."""

@@ -18,8 +18,9 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from zipfile import ZipFile
 
 from filelock import Timeout
@@ -28,6 +29,7 @@ from lpcam.storage.files import remove_temporary, write_json
 from lpcam.storage.hashing import digest
 from lpcam.storage.locks import locked
 from lpcam.storage.ranks import agree, barrier, is_main_process
+from lpcam.storage.records import INDEX, SHARD, Records, shard_files
 
 
 class Stage:
@@ -66,6 +68,11 @@ class Stage:
         """What made this result, and the seconds it took."""
         manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
         return manifest
+
+    @cached_property
+    def records(self) -> Records:
+        """The records that the whole result holds."""
+        return Records(self.folder)
 
     @contextlib.contextmanager
     def build(self, *, resume: bool = False, together: bool = False) -> Iterator[Path | None]:
@@ -160,13 +167,20 @@ def damage(folder: Path, *, read: bool = False) -> list[str]:
 
 
 def _differing(folder: Path) -> list[str]:
-    """Names of files that have another size than the manifest says; all if it cannot be read."""
+    """Names of files that have another size than the manifest says; all if it cannot be read.
+
+    Shards are left: their index tells which of their records are whole.
+    """
     there = _sizes(folder)
     try:
         wanted = dict(json.loads((folder / "manifest.json").read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        return list(there)
-    return [name for name, size in there.items() if wanted.get(name) != size]
+        wanted = {}
+    return [
+        name
+        for name, size in there.items()
+        if wanted.get(name) != size and not name.endswith((SHARD, INDEX))
+    ]
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -181,23 +195,29 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _checksums(folder: Path) -> dict[str, int]:
-    """Checksums of the files; an ``.npz`` has its own."""
+    """Checksums of the files; an ``.npz`` has its own, and so have those in a shard."""
     return {
         name: zlib.crc32((folder / name).read_bytes())
         for name in _sizes(folder)
-        if not name.endswith(".npz")
+        if not name.endswith((".npz", SHARD))
     }
 
 
 def _sound(path: Path, check: int | None) -> bool:
     """Whether a file holds what was written: by its checksum, or as an ``.npz`` by its own."""
     try:
+        if path.suffix == SHARD:
+            return all(map(_whole_archive, shard_files(path)))
         if path.suffix == ".npz":
-            with ZipFile(path) as archive:
-                return archive.testzip() is None
+            return _whole_archive(path)
         return zlib.crc32(path.read_bytes()) == check
     except Exception:  # of a dozen kinds, from the archive's parts
         return False
+
+
+def _whole_archive(file: Path | IO[bytes]) -> bool:
+    with ZipFile(file) as archive:
+        return archive.testzip() is None
 
 
 def _size(folder: Path) -> int:

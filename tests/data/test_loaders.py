@@ -1,3 +1,4 @@
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from lpcam.data.crops import RandomCrop, by_long_side
 from lpcam.data.dataset import Picture
 from lpcam.data.loaders import (
     ViewBatch,
+    decoders,
     normalized,
     pooled_loader,
     train_loader,
@@ -119,6 +121,19 @@ def test_a_damaged_picture_is_named(pictures: list[Picture], num_workers: int) -
     )
     with pytest.raises(InputError, match=r"3\.png: not a readable image"):
         list(loader)
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "cores", "expected"),
+    [(3, 1, 16, 3), (0, 0, 2, 0), (None, 0, 64, 1), (None, 1, 16, 8), (None, 8, 32, 3),
+     (None, 2, 2, 1)],
+)  # fmt: skip
+def test_processes_that_decode(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, gpus: int, cores: int, expected: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert decoders(given)["num_workers"] == expected
 
 
 def byte_crop() -> RandomCrop:

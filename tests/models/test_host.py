@@ -1,5 +1,6 @@
 """Loading a host, and the stages for hosts whose maps are no function of their features."""
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,13 +27,14 @@ from lpcam.prototypes.centers import Clustering
 from lpcam.prototypes.local_features import Draw
 from lpcam.prototypes.maps import HostViews, MapSetting, lpcam_setting
 from lpcam.prototypes.selection import Selection, select
-from lpcam.seeds.record import grid_size, load_seed
+from lpcam.seeds.record import grid_size, read_seed
 from lpcam.stages.centers import centers, prototype_pictures
 from lpcam.stages.features import features, read_features
 from lpcam.stages.maps import Inference, maps
 from lpcam.stages.passes import ViewSettings
 from lpcam.storage.hashing import tensors_digest
 from lpcam.storage.store import Stage
+from tests.conftest import unpacked
 from tests.malice import Malicious
 from tests.refiners.learning import trainer_maker
 
@@ -276,7 +278,7 @@ def test_maps_that_features_do_not_tell_are_kept_with_them(scene: Scene) -> None
 
 def test_maps_that_features_tell_are_not(linear: Scene) -> None:
     stage = linear.features()
-    with np.load(stage.folder / "first.npz", allow_pickle=False) as file:
+    with np.load(io.BytesIO(unpacked(stage.folder)["first.npz"]), allow_pickle=False) as file:
         assert set(file) == {"pooled", "local"}
     linear.host.head.weight.data += 0.1
     assert linear.features().key == stage.key
@@ -333,10 +335,11 @@ def expected_map(
 
 
 def check_maps(scene: Scene, stage: Stage, setting: MapSetting) -> None:
-    names = sorted(path.name for path in stage.folder.glob("*.npz"))
-    assert names == sorted(f"{picture.id}.npz" for picture in scene.dataset.found)
+    assert sorted(unpacked(stage.folder)) == sorted(
+        f"{picture.id}.npz" for picture in scene.dataset.found
+    )
     for picture in scene.dataset.found:
-        seed = load_seed(stage.folder / f"{picture.id}.npz")
+        seed = read_seed(stage.records, picture.id)
         assert seed.keys.tolist() == list(picture.labels or ())
         for label, found in zip(seed.keys, seed.maps, strict=True):
             direction = None if setting.directions is None else setting.directions[label]
@@ -421,9 +424,7 @@ def test_a_host_may_differentiate(tmp_path: Path, backbone: Backbone, linear: Sc
     other = Scene(tmp_path / "other", host)
     expected, found = linear.maps({"cam": MapSetting()}), other.maps({"cam": MapSetting()})
     for picture in linear.dataset.found:
-        first, second = (
-            load_seed(made["cam"].folder / f"{picture.id}.npz") for made in (expected, found)
-        )
+        first, second = (read_seed(made["cam"].records, picture.id) for made in (expected, found))
         assert first.keys.tolist() == second.keys.tolist()
         np.testing.assert_allclose(first.maps, second.maps, rtol=0, atol=4e-3)
 

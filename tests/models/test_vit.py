@@ -1,5 +1,6 @@
 """A tiny ViT with random weights as a frozen host, through both programs."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from lpcam.prototypes.centers import Centers
 from lpcam.prototypes.prototype_set import Prototypes
-from tests.conftest import Outcome, at
+from tests.conftest import Outcome, at, unpacked
 
 OPTIONS = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -45,8 +46,8 @@ def test_through_the_programs(tmp_path: Path, program: Callable[..., Outcome]) -
     prototypes = Prototypes.load(tmp_path / "center" / "prototypes.safetensors")
     assert prototypes.settings["signed"] == "center"
     assert prototypes.mean is not None
-    files = sorted((tmp_path / "store" / "features").glob("*/*.npz"))
-    local = [np.load(file) for file in files]
+    stages = (tmp_path / "store" / "features").glob("*/")
+    local = [np.load(io.BytesIO(data)) for stage in stages for data in unpacked(stage).values()]
     means = [file["local"].astype(np.float64).mean((0, 1)) for file in local if "local" in file]
     np.testing.assert_allclose(prototypes.mean, np.mean(means, 0), rtol=0, atol=1e-3)
     (centres,) = (tmp_path / "store" / "centers").glob("*/centers.safetensors")

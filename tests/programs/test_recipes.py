@@ -25,6 +25,7 @@ from lpcam.seeds.masks import seed_mask
 from lpcam.seeds.record import SeedRecord
 from lpcam.stages.callbacks import FeatureCallback
 from lpcam.stages.maps import Inference
+from lpcam.storage.records import Records
 from tests.conftest import ROOT
 from tests.oracles import activation, kmeans, multiscale, prototypes, segmentation
 from tests.oracles.interpolation import bilinear
@@ -207,7 +208,8 @@ def random_scene(seed: int, scales: list[float], pictures: int = 44) -> Scene:
 def write_features(scene: Scene, split: str, folder: Path) -> list[dict[str, np.ndarray]]:
     """What a features stage holds for each picture."""
     maps = split if split == "multi_scale" else None
-    callback = FeatureCallback(folder, local=True, maps=maps)
+    records = Records(folder)
+    callback = FeatureCallback(records, local=True, maps=maps)
     files = []
     for index in range(len(scene.features)):
         batch = {
@@ -220,7 +222,7 @@ def write_features(scene: Scene, split: str, folder: Path) -> list[dict[str, np.
         half, whole, *larger = scene.views(index)
         prediction = [whole, half, *larger]
         callback.write_on_batch_end(None, None, prediction, None, batch, index, 0)
-        with np.load(folder / f"{index}.npz") as file:
+        with records.open(f"{index}.npz") as record, np.load(record) as file:
             files.append(dict(file))
     return files
 

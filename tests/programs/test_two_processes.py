@@ -1,5 +1,6 @@
 """Training and inference by two real processes (gloo, CPU), from an empty store."""
 
+import io
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from lpcam.data.loaders import pooled_loader
 from lpcam.models.backbones import build_backbone
 from lpcam.models.classifier import Classifier
 from lpcam.models.host import load_host
-from tests.conftest import ROOT, TINY, TINY_INFER, TINY_TRAIN
+from tests.conftest import ROOT, TINY, TINY_INFER, TINY_TRAIN, unpacked
 
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
 
@@ -51,15 +52,16 @@ def test_training_reports_the_metrics_of_all_pictures(
     assert len(manifests) == 2
     backbone = build_backbone(OmegaConf.load(ROOT / "conf/backbone/efficientnet_lite0.yaml").name)
     classifier = load_host(checkpoint, Classifier(backbone, 4))
-    (val,) = (p.parent for p in root.glob("store/features/*/val_00000.npz"))
-    files = sorted(val.glob("*.npz"))
+    stages = map(unpacked, root.glob("store/features/*/"))
+    (val,) = (found for found in stages if "val_00000.npz" in found)
+    files = sorted(val)
     assert len(files) == 8
-    pooled = np.stack([np.load(path)["pooled"] for path in files])
+    pooled = np.stack([np.load(io.BytesIO(val[name]))["pooled"] for name in files])
     (tree,) = root.glob("data/shapes/seed0-*[0-9a-f]")
     labels = np.zeros((8, 4), np.float32)
     names = ("ringhead", "stripehead", "spothead", "checkhead")
-    for row, path in enumerate(files):
-        text = (tree / "Annotations" / f"{path.stem}.xml").read_text()
+    for row, name in enumerate(files):
+        text = (tree / "Annotations" / name.replace(".npz", ".xml")).read_text()
         labels[row] = [f"<name>{name}</name>" in text for name in names]
     with torch.no_grad():
         for batch in pooled_loader(pooled, labels, batch_size=8, shuffle=False):

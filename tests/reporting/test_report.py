@@ -11,7 +11,8 @@ from lpcam.data.dataset import Picture, SegmentationDataset
 from lpcam.evaluation import SegmentationScore
 from lpcam.reporting.report import Method, PrototypeView, write_report
 from lpcam.seeds.palette import save_mask
-from lpcam.seeds.record import SeedRecord, grid_size, load_seed, save_seed
+from lpcam.seeds.record import SeedRecord, grid_size, read_seed, save_seed
+from lpcam.storage.records import Records
 from tests.pages import NASTY, Page
 
 SIZE = (40, 56)
@@ -58,12 +59,12 @@ class TinyDataset(SegmentationDataset):
     def method(self, name: str, folder: str) -> Method:
         results, maps = {}, {}
         for split, pictures in self.splits.items():
-            maps[split] = self.root / folder / split
+            maps[split] = Records(self.root / folder / split)
             score = SegmentationScore(len(self.classes), 10)
             for picture in pictures:
                 mask = self.mask(picture)
                 if mask is not None:
-                    seed = load_seed(maps[split] / f"{picture.id}.npz")
+                    seed = read_seed(maps[split], picture.id)
                     score.update(seed.full_size(), seed.keys, mask)
             if score.histogram.any():
                 results[split] = score.compute()

@@ -9,6 +9,7 @@ from lpcam.errors import InputError
 from lpcam.reporting.scores import Method
 from lpcam.reporting.shown import choose_pictures, show
 from lpcam.seeds.record import SeedRecord, save_seed
+from lpcam.storage.records import Records
 
 
 def pictures(*labels: tuple[int, ...]) -> list[Picture]:
@@ -84,7 +85,7 @@ def test_masks_are_shrunk_with_the_picture_and_keep_their_numbers(dataset: OnePi
     truth = np.zeros((480, 640), np.uint8)
     truth[:240], truth[240:, 320:] = 1, 255
     Image.fromarray(truth).save(dataset.root / "truth.png")
-    methods = {"lpcam": Method("LPCAM", {}, {"val": dataset.root})}
+    methods = {"lpcam": Method("LPCAM", {}, {"val": Records(dataset.root)})}
     (shown,) = show(dataset, dataset.pictures("val"), methods, "val", threshold=0.3)
 
     assert (shown.id, shown.image.size) == ("one", (320, 240))
@@ -100,7 +101,7 @@ def test_masks_are_shrunk_with_the_picture_and_keep_their_numbers(dataset: OnePi
 
 
 def test_overlays_colour_what_a_mask_covers_and_nothing_else(dataset: OnePicture) -> None:
-    methods = {"lpcam": Method("LPCAM", {}, {"val": dataset.root})}
+    methods = {"lpcam": Method("LPCAM", {}, {"val": Records(dataset.root)})}
     (shown,) = show(dataset, dataset.pictures("val"), methods, "val", threshold=0.3)
     (_, plain), (name, drawn) = shown.overlays()
 

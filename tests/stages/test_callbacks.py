@@ -1,3 +1,4 @@
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from lpcam.models.classifier import Classifier
 from lpcam.prototypes.maps import HostViews, MapMaker, MapSetting, lpcam_setting
 from lpcam.prototypes.prototype_set import Prototypes
 from lpcam.stages.callbacks import FeatureCallback, LPCAMCallback
+from lpcam.storage.records import Records
+from tests.conftest import unpacked
 from tests.oracles import activation, multiscale
 from tests.prototypes.map_cases import CLASSES, Case
 
@@ -70,9 +73,9 @@ class Scene:
             scales.append(torch.stack(views))
         return scales
 
-    def make(self, name: str) -> Path:
+    def make(self, name: str) -> Records:
         (self.folder / name).mkdir()
-        return self.folder / name
+        return Records(self.folder / name)
 
 
 @pytest.fixture
@@ -95,8 +98,8 @@ def scene(tmp_path: Path) -> Scene:
     return Scene(pictures, classifier, tmp_path)
 
 
-def load(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
+def load(records: Records, name: str) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(unpacked(records.folder)[name]), allow_pickle=False) as file:
         return dict(file)
 
 
@@ -126,8 +129,8 @@ def test_each_setting_writes_its_own_maps_into_its_own_folder(
         grid = (size[0] // 4, size[1] // 4)
         case = Case(scene.features(picture), scene.classifier.weight, prototypes)
         for kind, folder in zip(kinds, folders, strict=True):
-            assert sorted(file.name for file in folder.iterdir()) == sorted(names)
-            found = load(folder / f"{picture.id}.npz")
+            assert sorted(unpacked(folder.folder)) == sorted(names)
+            found = load(folder, f"{picture.id}.npz")
             assert {key: value.dtype for key, value in found.items()} == {
                 "keys": np.int64,
                 "maps": np.float16,
@@ -153,7 +156,7 @@ class LeftHalf(Classifier):
 
 
 def test_the_host_finishes_lpcam_and_not_its_own_maps(scene: Scene, prototypes: Prototypes) -> None:
-    def write(scene: Scene, name: str) -> list[Path]:
+    def write(scene: Scene, name: str) -> list[Records]:
         folders = [scene.make(f"{name}_lpcam"), scene.make(f"{name}_cam")]
         maker = MapMaker([lpcam_setting(prototypes, "class"), MapSetting()])
         scene.predict(LPCAMCallback(maker, folders), scales=[1.0])
@@ -166,8 +169,8 @@ def test_the_host_finishes_lpcam_and_not_its_own_maps(scene: Scene, prototypes: 
 
     for picture in scene.pictures:
         name = f"{picture.id}.npz"
-        assert (finished[1] / name).read_bytes() == (plain[1] / name).read_bytes()
-        before, after = (load(folders[0] / name)["maps"] for folders in (plain, finished))
+        assert finished[1].read(name) == plain[1].read(name)
+        before, after = (load(folders[0], name)["maps"] for folders in (plain, finished))
         width = before.shape[-1]
         assert not after[..., 3 * width // 4 :].any()
         if picture.labels:
@@ -186,9 +189,9 @@ def test_kept_features_are_those_that_lpcam_reads(
     scene.predict(LPCAMCallback(maker, folders, kept=kept), batch_size=size)
 
     names = sorted(f"{picture.id}.npz" for picture in scene.pictures)
-    assert sorted(file.name for file in kept.iterdir()) == names
+    assert sorted(unpacked(kept.folder)) == names
     for picture in scene.pictures:
-        found = list(load(kept / f"{picture.id}.npz").values())
+        found = list(load(kept, f"{picture.id}.npz").values())
         assert [scale.dtype for scale in found] == [np.float16] * 2
         for scale, views in zip(found, scene.features(picture), strict=True):
             np.testing.assert_allclose(scale, views.mean(0)[0], rtol=2e-3, atol=1e-3)
@@ -198,14 +201,14 @@ def test_kept_features_are_those_that_lpcam_reads(
         made = maker(scales, labels, Image.open(picture.path).size[::-1])
         for folder, maps in zip(folders, made, strict=True):
             # As precise as a record: it holds multiples of 2^-9.
-            written = load(folder / f"{picture.id}.npz")["maps"]
+            written = load(folder, f"{picture.id}.npz")["maps"]
             np.testing.assert_allclose(written, maps, rtol=0, atol=2**-10 + 2**-11)
 
 
 def test_a_picture_without_labels_alone_in_its_batch(scene: Scene) -> None:
     folder = scene.make("cam")
     scene.predict(LPCAMCallback(MapMaker([MapSetting()]), [folder]), batch_size=1)
-    found = load(folder / "third.npz")
+    found = load(folder, "third.npz")
     assert found["keys"].shape == (0,)
     assert found["maps"].shape == (0, 16, 20)
     assert found["size"].tolist() == [64, 80]
@@ -219,7 +222,7 @@ def test_feature_files_with_maps_over_all_views(scene: Scene, size: int) -> None
         FeatureCallback(folder, local=True, maps="multi_scale"), batch_size=size, scales=[1.0, 0.5]
     )
     for picture in scene.pictures:
-        found = load(folder / f"{picture.id}.npz")
+        found = load(folder, f"{picture.id}.npz")
         half, whole = (views[:, 0].double().numpy() for views in scene.features(picture))
         assert found["maps"].dtype == np.float32
         assert found["maps"].shape == (len(picture.labels or ()), *found["local"].shape[:2])
@@ -243,7 +246,7 @@ def test_feature_files_with_maps_of_the_features_themselves(
     scene.predict(FeatureCallback(folder, local=local, maps="single_view"), batch_size=2, **views)
     active = 0
     for picture in scene.pictures:
-        found = load(folder / f"{picture.id}.npz")
+        found = load(folder, f"{picture.id}.npz")
         assert found.keys() == ({"pooled", "local", "maps"} if local else {"pooled", "maps"})
         plain = scene.features(picture)[1][:1, 0].double().numpy()
         assert found["maps"].dtype == np.float32
@@ -262,10 +265,10 @@ def test_feature_files(scene: Scene, local: bool) -> None:
     scene.predict(FeatureCallback(folder, local=local), batch_size=2, scales=[1.0], flip=False)
 
     names = sorted(f"{picture.id}.npz" for picture in scene.pictures)
-    assert sorted(file.name for file in folder.iterdir()) == names
+    assert sorted(unpacked(folder.folder)) == names
     for picture in scene.pictures:
         plain = scene.features(picture)[1][0, 0].numpy()
-        found = load(folder / f"{picture.id}.npz")
+        found = load(folder, f"{picture.id}.npz")
         assert found.keys() == ({"pooled", "local"} if local else {"pooled"})
         assert found["pooled"].dtype == np.float32
         mean = plain.reshape(len(plain), -1).astype(np.float64).mean(1)
@@ -296,4 +299,4 @@ def test_no_number_that_is_none_leaves_a_pass(scene: Scene, value: float, kind: 
         callback = LPCAMCallback(MapMaker([MapSetting()]), [scene.make("maps")], kept=folder)
     with pytest.raises(InputError, match=r"^(first|second|third|fourth): .*no finite numbers"):
         scene.predict(callback, scales=[1.0], flip=False)
-    assert not list(folder.iterdir())
+    assert not list(folder.folder.iterdir())

@@ -1,11 +1,11 @@
 from collections.abc import Iterator
-from threading import Barrier, get_ident
+from threading import Barrier, Event, Timer, get_ident
 from time import sleep
 
 import pytest
 import torch
 
-from lpcam.storage.parallel import for_each
+from lpcam.storage.parallel import Beside, for_each
 
 
 @pytest.fixture
@@ -50,3 +50,33 @@ def test_an_exception_ends_it() -> None:
 
 def test_nothing_to_do() -> None:
     for_each(print, [], "Nothing")
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_calls_beside_are_all_made_and_few_wait() -> None:
+    """Three cores: one thread, and two calls wait at most."""
+    done: list[int] = []
+    beside = Beside(waiting=2)
+    go = Event()
+
+    def note(item: int) -> None:
+        go.wait(20)
+        done.append(item)
+
+    for item in range(2):
+        beside.call(note, item)
+    assert not done
+    Timer(0.2, go.set).start()
+    for item in range(2, 20):
+        beside.call(note, item)
+        assert len(done) >= item - 2
+    beside.finish()
+    assert sorted(done) == list(range(20))
+
+
+def test_what_a_call_beside_raises_is_raised() -> None:
+    beside = Beside()
+    beside.call(int, "7")
+    beside.call(int, "seven")
+    with pytest.raises(ValueError, match="seven"):
+        beside.finish()

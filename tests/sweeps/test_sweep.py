@@ -183,7 +183,7 @@ def test_a_sweep_that_is_killed_twice_loses_and_repeats_nothing(program, copied:
         sys.executable, "infer.py", "-m", *TINY, *TINY_INFER, f"paths.root={copied}",
         f"hydra.sweep.dir={copied / 'sweep'}", *grid,
     ]  # fmt: skip
-    for reached in ("store/maps/*.partial/*.npz", "sweep/*/DONE.json"):
+    for reached in ("store/maps/*.partial/*.index", "sweep/*/DONE.json"):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
             command,

@@ -1,0 +1,143 @@
+"""The records of a stage, a few for each picture, in one file of every process that wrote some.
+
+Ten thousand pictures as ten thousand files are slow to copy, to list and to delete, and shared file
+systems count them. A shard is a plain tar archive, which ``tar`` lists and unpacks; beside it lies
+an index, a line a record: where its bytes begin, how many they are, its name. A line is written
+after its bytes are, so that what a killed process left half is no record. No process writes on in
+another's shard.
+"""
+
+import contextlib
+import io
+import os
+import tarfile
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from lpcam.storage.ranks import rank
+
+SHARD, INDEX = ".tar", ".index"
+
+
+class Records:
+    """Records by name in a folder; names are those of files, such as ``2007_000032.npz``.
+
+    A file of that name in the folder is a record too: earlier versions wrote each into its own.
+
+    Args:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._places: dict[str, tuple[Path, int, int]] = {}
+        self._shards: dict[Path, BinaryIO] = {}
+        self._writing = threading.Lock()
+        self._own: tuple[BinaryIO, BinaryIO] | None = None
+        for index in sorted(folder.glob(f"*{INDEX}")):
+            self._read_index(index)
+
+    def _read_index(self, index: Path) -> None:
+        shard = index.with_suffix(SHARD)
+        length = shard.stat().st_size if shard.is_file() else 0
+        for line in index.read_bytes().split(b"\n")[:-1]:
+            with contextlib.suppress(ValueError):  # what else stands there is no record
+                offset, size, name = line.split(b" ", 2)
+                if int(offset) + int(size) <= length:
+                    self._places[os.fsdecode(name)] = shard, int(offset), int(size)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places or (self.folder / name).is_file()
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a record for reading.
+
+        Raises:
+            OSError: There is no such record.
+        """
+        if name not in self._places:
+            return (self.folder / name).open("rb")
+        shard, offset, size = self._places[name]
+        if shard not in self._shards:
+            self._shards[shard] = shard.open("rb", buffering=0)
+        return io.BufferedReader(_Window(self._shards[shard].fileno(), offset, size))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a record.
+
+        Raises:
+            OSError: There is no such record.
+        """
+        with self.open(name) as file:
+            return file.read()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Add a record; threads may do so at a time.
+
+        Args:
+            name: Its name; one that is there already is replaced.
+            data: Its bytes.
+        """
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        header = info.tobuf(tarfile.PAX_FORMAT)
+        padding = bytes(-len(data) % tarfile.BLOCKSIZE)
+        with self._writing:
+            if self._own is None:
+                path = self.folder / f"{rank()}-{uuid.uuid4().hex[:8]}{SHARD}"
+                self._own = path.open("xb"), path.with_suffix(INDEX).open("xb", buffering=0)
+            (shard, index), self._own = self._own, None  # after a failure begins another shard
+            path, start = Path(shard.name), shard.tell()
+            try:
+                for part in (header, data, padding):
+                    shard.write(part)
+                shard.flush()
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    shard.close()
+                os.truncate(path, start)  # of a full disk it would take the last bytes
+                raise
+            place = path, start + len(header), len(data)
+            index.write(b"%d %d %s\n" % (*place[1:], os.fsencode(name)))
+            self._places[name] = place
+            self._own = shard, index
+
+
+def shard_files(shard: Path) -> Iterator[IO[bytes]]:
+    """The records of a shard one after the other, as files."""
+    with tarfile.open(shard) as archive:
+        for member in archive:
+            file = archive.extractfile(member)
+            assert file is not None  # of all else that an archive may hold nothing was written
+            yield file
+
+
+class _Window(io.RawIOBase):
+    """A part of an open file as a file; threads may share the open file."""
+
+    def __init__(self, descriptor: int, offset: int, size: int) -> None:
+        self._descriptor, self._offset, self._size = descriptor, offset, size
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        self._place = max(0, base + place)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = memoryview(buffer)[: max(0, self._size - self._place)]
+        count = os.preadv(self._descriptor, [wanted], self._offset + self._place)
+        self._place += count
+        return count
