@@ -28,7 +28,6 @@ COLUMNS: Mapping[str, tuple[str, float, str]] = {
     "backwards": ("backward passes", 1, "d"),
     "gflop": ("GFLOP", 1, ".4g"),
     "pictures": ("pictures", 1, "d"),
-    "classes": ("classes", 1, "d"),
     "rate": ("pictures a second", 1, ".3g"),
     "bytes": ("bytes a map", 1, ".0f"),
 }
