@@ -58,7 +58,7 @@ def test_rows_tell_least_median_and_spread() -> None:
     control, longer = timed_rows(
         {"control": [1, 2, 3, 4, 5], "longer": [2, 3, 5, 5, 10]}, "control"
     )
-    assert control == {"name": "control", "min": 1, "median": 3, "iqr": 2, "rounds": 5}
+    assert control == {"name": "control", "min": 1, "median": 3, "rounds": 5, "iqr": 2}
     # In pairs it takes 1, 1, 2, 1, 5 longer, and 2, 1.5, 5/3, 1.25, 2 times as long.
     assert longer["overhead"] == 1
     assert longer["ratio"] == pytest.approx(5 / 3)
@@ -92,7 +92,7 @@ def test_passes_both_ways_are_counted() -> None:
         torch.autograd.grad(scores.sum(), network.weight)
         network(torch.ones(1, 3))
 
-    found = counts(method, network)
+    found = counts(method, network, network)
     assert (found.forwards, found.backwards) == (2, 1)
     assert found.gflop > 0
     assert not network._forward_hooks

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[2]
 UNSTEADY = 0.1
+LEAST = 3  # times that a spread can be told from
 PACKAGES = (
     "torch", "timm", "numpy", "scipy", "scikit-learn", "pytorch-lightning", "torchcam", "captum",
     "grad-cam", "faiss-cpu",
@@ -111,22 +112,20 @@ def rounds(
             took = clock() - start
             if turn >= 0:
                 seconds[name].append(took)
-            else:
+            if turn <= 0:
                 allowed[name] = int(min(max(budget / max(took, 1e-9), least), count))
     return seconds
 
 
 def spread(times: Sequence[float]) -> float:
-    """Interquartile range of some seconds; 0 of fewer than three."""
-    if len(times) < 3:
-        return 0.0
+    """Interquartile range of some seconds, at least three."""
     low, _, high = statistics.quantiles(times, method="inclusive")
     return high - low
 
 
 def is_steady(times: Sequence[float]) -> bool:
     """Whether a control varied little enough for the rest to be believed."""
-    return spread(times) <= UNSTEADY * statistics.median(times)
+    return len(times) >= LEAST and spread(times) <= UNSTEADY * statistics.median(times)
 
 
 def ratio(times: Sequence[float], others: Sequence[float]) -> float:
@@ -150,9 +149,10 @@ def timed_rows(seconds: Mapping[str, Sequence[float]], control: str | None = Non
             "name": name,
             "min": min(times),
             "median": statistics.median(times),
-            "iqr": spread(times),
             "rounds": len(times),
         }
+        if len(times) >= LEAST:
+            row["iqr"] = spread(times)
         if control and name != control:
             paired = zip(times, seconds[control], strict=False)
             row["overhead"] = statistics.median(a - b for a, b in paired)
@@ -193,7 +193,7 @@ def section(
         "rows": list(rows),
         "targets": list(targets),
         "value": value,
-        "control_spread": spread(control) / statistics.median(control) if control else None,
+        "control_spread": spread(control) / statistics.median(control) if control else 0.0,
         "valid": control is None or is_steady(control),
     }
 
@@ -213,8 +213,8 @@ class Counts:
     gflop: float = 0.0
 
 
-def counts(method: Method, network: nn.Module) -> Counts:
-    """Count what a method does with a network."""
+def counts(method: Method, features: nn.Module, scores: nn.Module) -> Counts:
+    """Count what a method does with the layers that give local features, and with all layers."""
     found = Counts()
 
     def forward(*_: object) -> None:
@@ -224,8 +224,8 @@ def counts(method: Method, network: nn.Module) -> Counts:
         found.backwards += 1
 
     handles = [
-        network.register_forward_hook(forward),
-        network.register_full_backward_pre_hook(backward),
+        features.register_forward_hook(forward),
+        scores.register_full_backward_pre_hook(backward),
     ]
     try:
         with FlopCounterMode(display=False) as counter:

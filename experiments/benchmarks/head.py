@@ -7,6 +7,7 @@ prototype is tiled to the size of the features for each cosine map, and the maps
 
 import functools
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
@@ -280,13 +281,11 @@ def _difference(first: Tensor, second: Tensor, bound: float, name: str) -> float
 
 def table(options: Options) -> list[Row]:
     """One view of two and of all classes, 8 views, and heads alone."""
-    count = 3 if options.quick else 9
     sections = []
     for precision in options.precisions:
-        for present, budget in ((2, 20.0), (CLASSES, 8.0)):
-            sections.append(_single(options, present, precision, count, budget))
-        sections.append(_eight(options, precision, 2 if options.quick else 4))
-    return [*sections, _alone(options, count)]
+        sections += [_single(options, present, precision) for present in (2, CLASSES)]
+        sections.append(_eight(options, precision))
+    return [*sections, _alone(options)]
 
 
 def _text(options: Options, what: str) -> str:
@@ -294,18 +293,21 @@ def _text(options: Options, what: str) -> str:
     return f"{network}, random weights; {what}; {OWN} + {CONTEXT} prototypes a class."
 
 
-def _single(options: Options, present: int, precision: str, count: int, budget: float) -> Row:
+def _single(options: Options, present: int, precision: str) -> Row:
     case = Case(options, present, precision)
-    same = check(Case(options, present))
+    text = _text(options, f"maps of {present} classes")
+    if present == 2:
+        same = ", ".join(f"{k} {v:.0e}" for k, v in check(Case(options, present)).items())
+        text += f" Largest differences of the maps in single precision: {same}."
     methods = methods_of(case)
+    # Counting is the warm-up.
+    done = {name: counts(methods[name], case.network.backbone, case.network) for name in methods}
     seconds = rounds(
-        methods, count, warm_up=1 if options.quick else 2, least=2, budget=budget,
-        settle=options.settle,
-    )  # fmt: skip
+        methods, 3 if options.quick else 7, warm_up=0, least=2, budget=10.0, settle=options.settle
+    )
     rows = timed_rows(seconds, FORWARD)
     for row in rows:
-        done = counts(methods[row["name"]], case.network)
-        row |= {"forwards": done.forwards, "backwards": done.backwards, "gflop": done.gflop}
+        row |= asdict(done[row["name"]])
     if present == 2:
         add_memory(rows, "head:single_view", options, present=present, precision=precision)
     targets = [
@@ -315,25 +317,17 @@ def _single(options: Options, present: int, precision: str, count: int, budget: 
     if TORCHCAM in seconds:
         theirs = ratio(seconds[LPCAM], seconds[TORCHCAM])
         targets.append(target("LPCAM / torchcam CAM", theirs, most=1.0))
-    differences = ", ".join(f"{pair} {value:.0e}" for pair, value in same.items())
-    return section(
-        f"One view, {present} classes, {precision}",
-        f"{_text(options, f'maps of {present} classes')} Largest differences of the maps in single "
-        f"precision: {differences}.",
-        rows,
-        targets=targets,
-        control=seconds[FORWARD],
-    )
+    title = f"One view, {present} classes, {precision}"
+    return section(title, text, rows, targets=targets, control=seconds[FORWARD])
 
 
-def _eight(options: Options, precision: str, count: int) -> Row:
-    present = 2
-    methods = eight_views(options, present, precision)
-    seconds = rounds(methods, count, warm_up=1, settle=options.settle)
+def _eight(options: Options, precision: str) -> Row:
+    methods = eight_views(options, 2, precision)
+    seconds = rounds(methods, 3, warm_up=1, settle=options.settle)
     rows = timed_rows(seconds, FORWARD)
-    add_memory(rows, "head:eight_views", options, present=present, precision=precision)
+    add_memory(rows[-2:], "head:eight_views", options, present=2, precision=precision)
     return section(
-        f"8 views, {present} classes, {precision}",
+        f"8 views, 2 classes, {precision}",
         _text(options, "scales 0.5, 1, 1.5 and 2 with mirror images, 2 classes"),
         rows,
         targets=[target("LPCAM / CAM", ratio(seconds[LPCAM], seconds[CAM]), most=1.02)],
@@ -341,14 +335,13 @@ def _eight(options: Options, precision: str, count: int) -> Row:
     )
 
 
-def _alone(options: Options, count: int) -> Row:
-    seconds = rounds(heads(options, 2), count, warm_up=1, budget=12.0, settle=options.settle)
+def _alone(options: Options) -> Row:
+    seconds = rounds(heads(options, 2), 9, warm_up=1, budget=12.0, settle=options.settle)
+    faster = ratio(seconds[LOOP], seconds[LPCAM])
     return section(
         "The head alone, 8 views, 2 classes",
         _text(options, "from the features of 8 views to the maps of 4 scales, 2 classes"),
         timed_rows(seconds),
-        targets=[
-            target("prototype by prototype / LPCAM", ratio(seconds[LOOP], seconds[LPCAM]), least=80)
-        ],
-        control=seconds[CAM],
+        targets=[target("prototype by prototype / LPCAM", faster, least=80)],
+        control=seconds[LOOP],
     )

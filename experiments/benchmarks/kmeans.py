@@ -29,7 +29,7 @@ from experiments.benchmarks.harness import (
 )
 from lpcam.prototypes.kmeans import single_precision, spherical_kmeans
 
-K, ITERATIONS, SLOW_ITERATIONS = 12, 20, 2
+K, ITERATIONS, SLOW_ITERATIONS = 12, 20, 1
 # Local features of a VOC class of middle size, and of "person".
 SMALL, LARGE = 47_038, 340_224
 BLOCK = 2048
@@ -146,6 +146,8 @@ def _small(options: Options) -> Row:
 def _large(options: Options) -> Row:
     rows, seconds = [], {}
     for name in clusterings(options, K * 100):
+        if name == BROADCAST:  # an iteration takes as long for each row as on fewer
+            continue
         found = in_child("kmeans:clusterings", options, name, count=LARGE, half=True)
         seconds[name] = [found["seconds"]]
         rows.append({"name": name, "median": found["seconds"], **found})
@@ -165,13 +167,13 @@ def _section(
     by_name = {row["name"]: row for row in rows}
     whole = [row["objective"] for row in rows if row["name"] != BROADCAST]
     ours = by_name[OURS]
-    slow = by_name[BROADCAST]["iteration"] / ours["iteration"]
-    targets = [
-        target("an iteration of broadcasting / of LPCAM", slow, least=40),
-        target("objective of LPCAM / the best", ours["objective"] / max(whole), least=0.995),
-    ]
+    share = ours["objective"] / max(whole)
+    targets = [target("objective of LPCAM / the best", share, least=0.995)]
     if FAISS in by_name:
-        targets.insert(0, target("LPCAM / faiss", ratio(seconds[OURS], seconds[FAISS]), most=1.0))
+        targets.append(target("LPCAM / faiss", ratio(seconds[OURS], seconds[FAISS]), most=1.0))
+    if BROADCAST in by_name:
+        slow = by_name[BROADCAST]["iteration"] / ours["iteration"]
+        targets.append(target("an iteration of broadcasting / of LPCAM", slow, least=40))
     text = (
         f"Drawn features, K = {K}, {ITERATIONS} iterations from the same rows, of broadcasting "
         f"{SLOW_ITERATIONS}; scikit-learn stops where nothing changes. Seconds are those of the "

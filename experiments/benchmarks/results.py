@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,23 +109,25 @@ def picture(sections: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(8 * len(columns), 0.27 * ROWS_OF_COLUMN + 1), layout="constrained")
     for place, column in enumerate(figure.subfigures(1, len(columns), squeeze=False)[0]):
         inside = columns[place]
-        axes = column.subplots(
-            len(inside), squeeze=False, height_ratios=[heights[i] for i in inside]
-        )
-        for axis, index in zip(axes[:, 0], inside, strict=True):
+        parts = [heights[i] for i in inside]
+        # What is left of a column stays empty.
+        parts.append(max(ROWS_OF_COLUMN - sum(parts), 1))
+        axes = column.subplots(len(parts), squeeze=False, height_ratios=parts)[:, 0]
+        axes[-1].set_axis_off()
+        for axis, index in zip(axes[:-1], inside, strict=True):
             draw(axis, sections[index])
     return figure
 
 
 def draw(axis: Any, part: Row) -> None:
     """Bars of one section."""
-    names = [row["name"] for row in part["rows"]]
+    names = [textwrap.fill(row["name"], 34) for row in part["rows"]]
     values = [row[part["value"]] for row in part["rows"]]
     axis.barh(names, values, color="#4878a8" if part["valid"] else "#c0c0c0")
     axis.invert_yaxis()
     if min(values) > 0 and max(values) / min(values) > FAR_APART:
         axis.set_xscale("log")
-        axis.set_xlim(left=10 ** math.floor(math.log10(min(values))))
+        axis.set_xlim(10 ** math.floor(math.log10(min(values))), 3 * max(values))
     for place, value in enumerate(values):
         axis.annotate(f" {value:.3g}", (value, place), va="center", fontsize=7)
     axis.margins(x=0.12)
