@@ -266,7 +266,7 @@ def check(case: Case) -> dict[str, float]:
             low, high = ours.amin((2, 3), keepdim=True), ours.amax((2, 3), keepdim=True)
             ours = ((ours - low) / (high - low))[0].to(theirs)
         different[f"{name} and CAM"] = _difference(theirs, ours, bound, name)
-    with torch.inference_mode():
+    with torch.inference_mode(), case.precise():
         features = case.features()
         ours, loop = case.lpcam(features), case.one_by_one(features)
     different["LPCAM and prototype by prototype"] = _difference(ours, loop, 2e-6, LPCAM)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from experiments.benchmarks.harness import UNSTEADY, Row
 
@@ -127,6 +128,7 @@ def draw(axis: Any, part: Row) -> None:
     axis.invert_yaxis()
     if min(values) > 0 and max(values) / min(values) > FAR_APART:
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlim(10 ** math.floor(math.log10(min(values))), 3 * max(values))
     for place, value in enumerate(values):
         axis.annotate(f" {value:.3g}", (value, place), va="center", fontsize=7)
