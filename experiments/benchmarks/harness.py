@@ -5,7 +5,9 @@ another of them, so that what else the machine does meets all alike. A control s
 where it varies by more than :data:`UNSTEADY`, the whole section is marked invalid.
 """
 
+import ctypes
 import functools
+import gc
 import importlib
 import json
 import os
@@ -279,10 +281,12 @@ def run_child(described: str) -> Row:
 
 
 def restart_peak(options: Options) -> int:
-    """Bytes that this process holds now; its peak counts from here on."""
+    """Bytes that this process holds now; its peak counts from here on. Linux with glibc only."""
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is freed and kept would be taken for nothing
     Path("/proc/self/clear_refs").write_text("5")
     return peak(options)
 
