@@ -16,7 +16,7 @@ API := $(addprefix lpcam.,explain.explainer explain.feature_layers explain.views
 	prototypes.prototype_set prototypes.head prototypes.kmeans prototypes.centers \
 	prototypes.selection visualize functional evaluation models.backbones models.host)
 
-.PHONY: help demo test test-all lint format docs clean
+.PHONY: help demo test test-all bench lint format docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -31,6 +31,10 @@ test: $(VENV)/installed-dev ## run the tests
 
 test-all: $(VENV)/installed-dev ## run the tests and those that take long
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
+
+# On a machine that does nothing else; with SWEEP=1 the sweep too, which takes longest.
+bench: $(VENV)/installed-bench ## measure speed and memory beside other packages, in experiments/benchmarks
+	$(RUN) -m experiments.benchmarks $(if $(SWEEP),--sweep) $(BENCH)
 
 lint: $(VENV)/installed-dev ## check style and types
 	$(VENV)/bin/ruff check .
@@ -60,3 +64,6 @@ $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(call install,.[dev])
 	@$(VENV)/bin/uv pip install --quiet --python $(RUN) -e '.[crf]' || \
 		echo "no dense CRF without a C compiler: its tests are skipped"
+
+$(VENV)/installed-bench: pyproject.toml | $(VENV)/bin/python
+	$(call install,.[bench])

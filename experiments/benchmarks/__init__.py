@@ -1,0 +1,1 @@
+"""Benchmarks against the published ways and against other packages: ``make bench``."""
