@@ -20,6 +20,7 @@ from PIL import Image
 from experiments.benchmarks.harness import Options, Row, ratio, rounds, section, timed_rows
 from lpcam.data.dataset import Picture
 from lpcam.data.loaders import view_loader
+from lpcam.data.transforms import normalize_bytes
 from lpcam.models.backbones import build_backbone
 from lpcam.models.classifier import Classifier
 from lpcam.models.host import Host
@@ -28,7 +29,7 @@ from lpcam.stages.maps import Inference, maps
 
 CLASSES = 20
 SCALES = (0.5, 1.0, 1.5, 2.0)  # of conf/inference/default.yaml
-WORKERS = 1  # of conf/infer.yaml
+WORKERS = None  # of conf/infer.yaml: one on the CPU
 PASS, FORWARD = "infer.py's pass", "forward only"
 
 
@@ -85,10 +86,12 @@ def whole_pass(
 def forward_only(host: Host, chosen: list[Picture], options: Options) -> Callable[[], None]:
     """A function that runs the network on all views of the pictures, which are there as tensors."""
     backbone = host.for_inference().backbone.to(options.device)
-    loader = view_loader(
-        chosen, CLASSES, scales=SCALES, flip=True, mean=backbone.mean, std=backbone.std
-    )
-    views: list[Any] = [view.to(options.device) for batch in loader for view in batch["views"]]
+    loader = view_loader(chosen, CLASSES, scales=SCALES, flip=True)
+    views: list[Any] = [
+        normalize_bytes(view.to(options.device), backbone.mean, backbone.std)
+        for batch in loader
+        for view in batch["views"]
+    ]
 
     def method() -> None:
         with torch.inference_mode():
@@ -123,7 +126,7 @@ def _of(name: str, count: int, options: Options) -> Row:
         row |= {"rate": count / row["median"], "pictures": count}
     text = (
         f"{count} pictures of 500x375 pixels, scales {', '.join(map(str, SCALES))} with mirror "
-        f"images, {WORKERS} process that decodes, random weights. The pass takes "
+        f"images, random weights. The pass takes "
         f"{ratio(seconds[PASS], seconds[FORWARD]):.3f} times as long as its network alone."
     )
     return section(f"Whole pass, {name}", text, rows, control=seconds[FORWARD])
