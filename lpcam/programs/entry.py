@@ -33,7 +33,7 @@ from lpcam.programs.options import options
 
 USER_ERRORS = (InputError, HydraException, OmegaConfBaseException, YAMLError, OSError)
 FAILED = "FAILED.txt"  # a failed job's one line, in its folder
-# What to do if a launcher gives its sweep up, for Hydra calls no callback then. The sweep's sets it.
+# What to do if a launcher gives a sweep up: Hydra tells no callback then, so the sweep's sets it.
 given_up: Callable[[], Any] | None = None
 
 

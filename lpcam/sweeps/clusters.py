@@ -4,7 +4,6 @@ import os
 import subprocess
 import time
 from collections.abc import Collection, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def wait_on_slurm(ids: Collection[str]) -> None:
     Args:
         ids: Their ids.
     """
-    # Not submitit's wait: the accounts it asks do not tell of jobs that were cancelled in the queue.
+    # Not submitit's wait: the accounts that it asks do not tell of a job cancelled in the queue.
     command = ["squeue", "--noheader", f"--jobs={','.join(sorted(ids))}"]
     while ids and subprocess.run(command, capture_output=True, check=False).stdout:
         time.sleep(5)
@@ -79,7 +78,8 @@ def plan_on_ray(launcher: DictConfig, jobs: Sequence[Planned]) -> None:
     ours = {name: value for name, value in os.environ.items() if name.startswith("LPCAM_")}
     environment = settings["init"].pop("runtime_env", {})
     environment["env_vars"] = ours | environment.get("env_vars", {})
-    environment.setdefault("worker_process_setup_hook", partial(os.chdir, os.getcwd()))
+    here = os.getcwd()
+    environment.setdefault("worker_process_setup_hook", lambda: os.chdir(here))
     ray.init(runtime_env=environment, **settings["init"])
     if len(jobs) > 1:
         ray.get(ray.remote(plan).options(**settings["remote"]).remote(jobs))
