@@ -45,6 +45,8 @@ def run(main: Callable[[], Any]) -> None:
     Args:
         main: The function that ``hydra.main`` decorated.
     """
+    global given_up
+    given_up = None
     # A launcher's processes read the same configs, and know of this one only by its environment.
     os.environ["LPCAM_PROJECT"] = str(PROJECT)
     os.environ["LPCAM_SWEEP"] = _sweep_name(sys.argv[1:])
