@@ -3,6 +3,7 @@
 Imports nothing heavy, so that ``--help`` and a mistyped override answer at once.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -32,6 +33,8 @@ from lpcam.programs.options import options
 
 USER_ERRORS = (InputError, HydraException, OmegaConfBaseException, YAMLError, OSError)
 FAILED = "FAILED.txt"  # a failed job's one line, in its folder
+# What to do if a launcher gives a sweep up: Hydra tells no callback then, so the sweep's sets it.
+given_up: Callable[[], Any] | None = None
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -42,6 +45,8 @@ def run(main: Callable[[], Any]) -> None:
     Args:
         main: The function that ``hydra.main`` decorated.
     """
+    global given_up
+    given_up = None
     # A launcher's processes read the same configs, and know of this one only by its environment.
     os.environ["LPCAM_PROJECT"] = str(PROJECT)
     os.environ["LPCAM_SWEEP"] = _sweep_name(sys.argv[1:])
@@ -50,7 +55,10 @@ def run(main: Callable[[], Any]) -> None:
         logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     # Lightning's advice is meant for training on pictures, not for a head on features; the pytree
     # notice is about its own code.
-    advice = "many workers|number of training batches|infer the batch indices|LeafSpec|in eval mode"
+    advice = (
+        "many workers|number of training batches|infer the batch indices|LeafSpec|in eval mode|"
+        "command is available on your system"  # srun, on the node that starts a study
+    )
     warnings.filterwarnings("ignore", f".*({advice}).*")
     if _wants_traceback():
         check_folders(sys.argv[1:])
@@ -62,6 +70,14 @@ def run(main: Callable[[], Any]) -> None:
         main()
     except USER_ERRORS as error:
         _exit(error)
+    except Exception as error:
+        if given_up is None:
+            raise
+        # Jobs leave their own errors in their folders: this is the launcher's, which lost one.
+        print(f"error: {type(error).__name__}: {_one_line(error)}", file=sys.stderr)
+        with contextlib.suppress(InputError):  # no job has begun
+            given_up()
+        sys.exit(1)
     finally:
         os.environ["HYDRA_FULL_ERROR"] = "0"
 

@@ -121,6 +121,9 @@ def _run_id(folder: Path) -> str | None:
     if not is_main_process():
         return None
     path = folder / "wandb_id.txt"
+    if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
+        write_atomically(path, os.environ["WANDB_RUN_ID"])  # the agent of a W&B sweep chose it
+        return os.environ["WANDB_RUN_ID"]
     if path.is_file() and not (folder / "DONE.json").is_file():
         found = path.read_text().strip()
         if re.fullmatch("[0-9a-z]+", found):

@@ -10,30 +10,51 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lpcam.programs.done import done_metrics
 from lpcam.programs.entry import USER_ERRORS
+from lpcam.programs.options import for_task
 from lpcam.programs.run import Run
 from lpcam.stages.scores import scores
 
+# A job's config as it will see it, and its overrides: plain values, which another process needs
+# nothing of Hydra's to read.
+Planned = tuple[DictConfig, list[str]]
 
-def plan(configs: Sequence[DictConfig]) -> None:
-    """Compute features, centres, maps and scores of all jobs that are not done.
+
+def pending(configs: Sequence[DictConfig]) -> list[Planned]:
+    """The jobs that are not done.
+
+    Args:
+        configs: The jobs' configs, with Hydra's own part.
+    """
+    found = []
+    for config in configs:
+        try:
+            job = _open(config)
+        except USER_ERRORS:
+            continue
+        if job is not None:
+            found.append(job)
+    print(f"Sweep: {len(configs)} jobs, {len(found)} to do")
+    return found
+
+
+def plan(jobs: Sequence[Planned]) -> None:
+    """Compute features, centres, maps and scores of jobs.
 
     Jobs on the same pictures with the same classifier get their maps from one pass over the
     pictures, whatever their prototypes. A job whose settings are wrong is left to fail by itself.
 
     Args:
-        configs: The jobs' configs, with Hydra's own part.
+        jobs: The jobs that are not done.
     """
     groups: dict[str, list[Run]] = defaultdict(list)
-    for config in configs:
+    for config, overrides in jobs:
         try:
-            run = _open(config)
-            if run is not None:
-                run.settings  # noqa: B018 - clusters now
-                groups[run.sharing].append(run)
+            run = Run(config, overrides)
+            run.settings  # noqa: B018 - clusters now
+            groups[run.sharing].append(run)
         except USER_ERRORS:
             continue
-    todo = sum(map(len, groups.values()))
-    print(f"Sweep: {len(configs)} jobs, {todo} to do, {len(groups)} passes over the pictures")
+    print(f"Sweep: passes over the pictures for {len(jobs)} jobs: {len(groups)}")
     for runs in groups.values():
         settings = {
             f"{place}/{name}": setting
@@ -44,7 +65,7 @@ def plan(configs: Sequence[DictConfig]) -> None:
         scores(runs[0].store, maps, runs[0].dataset)
 
 
-def _open(config: DictConfig) -> Run | None:
+def _open(config: DictConfig) -> Planned | None:
     """A job as it will see itself; None if it is done."""
     before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(config)
@@ -55,10 +76,14 @@ def _open(config: DictConfig) -> Run | None:
             del config.hydra
         config.paths.output = str(folder)
         config.logger = None
+        config = for_task(config)
         OmegaConf.resolve(config)
+        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+        # As Hydra will: so the summary counts a job that never begins.
+        OmegaConf.save(OmegaConf.create(overrides), folder / ".hydra" / "overrides.yaml")
     finally:
         HydraConfig.instance().cfg = before
     plain: Any = OmegaConf.to_container(config)
     if done_metrics(folder, plain) is not None:
         return None
-    return Run(config, overrides)
+    return config, overrides

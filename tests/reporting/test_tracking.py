@@ -93,6 +93,15 @@ def test_a_killed_run_goes_on_under_its_id_a_finished_one_does_not(tmp_path: Pat
     assert run_id(tmp_path) not in (first, second)
 
 
+def test_a_run_of_a_sweeps_agent_has_the_id_that_the_agent_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "ab12cd34")
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen01")
+    assert run_id(tmp_path) == "chosen01"
+    assert (tmp_path / "wandb_id.txt").read_text() == "chosen01"
+
+
 def test_the_id_is_on_disk_before_anything_is_logged(tmp_path: Path) -> None:
     logger(tmp_path)
     assert (tmp_path / "wandb_id.txt").is_file()
