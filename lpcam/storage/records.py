@@ -34,9 +34,8 @@ class Records:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._places: dict[str, tuple[Path, int, int]] = {}
-        self._shards: dict[Path, BinaryIO] = {}
         self._writing = threading.Lock()
-        self._own: tuple[BinaryIO, BinaryIO] | None = None
+        self._own: Path | None = None
         for index in sorted(folder.glob(f"*{INDEX}")):
             self._read_index(index)
 
@@ -60,10 +59,7 @@ class Records:
         """
         if name not in self._places:
             return (self.folder / name).open("rb")
-        shard, offset, size = self._places[name]
-        if shard not in self._shards:
-            self._shards[shard] = shard.open("rb", buffering=0)
-        return io.BufferedReader(_Window(self._shards[shard].fileno(), offset, size))
+        return io.BufferedReader(_Window(*self._places[name]))
 
     def read(self, name: str) -> bytes:
         """The bytes of a record.
@@ -86,24 +82,21 @@ class Records:
         header = info.tobuf(tarfile.PAX_FORMAT)
         padding = bytes(-len(data) % tarfile.BLOCKSIZE)
         with self._writing:
-            if self._own is None:
-                path = self.folder / f"{rank()}-{uuid.uuid4().hex[:8]}{SHARD}"
-                self._own = path.open("xb"), path.with_suffix(INDEX).open("xb", buffering=0)
-            (shard, index), self._own = self._own, None  # after a failure begins another shard
-            path, start = Path(shard.name), shard.tell()
+            path = self._own or self.folder / f"{rank()}-{uuid.uuid4().hex[:8]}{SHARD}"
+            start = path.stat().st_size if self._own else 0
+            self._own = None  # after a failure another shard begins
             try:
-                for part in (header, data, padding):
-                    shard.write(part)
-                shard.flush()
+                with path.open("ab") as shard:
+                    for part in (header, data, padding):
+                        shard.write(part)
             except BaseException:
-                with contextlib.suppress(OSError):
-                    shard.close()
                 os.truncate(path, start)  # of a full disk it would take the last bytes
                 raise
-            place = path, start + len(header), len(data)
-            index.write(b"%d %d %s\n" % (*place[1:], os.fsencode(name)))
-            self._places[name] = place
-            self._own = shard, index
+            place = start + len(header), len(data)
+            with path.with_suffix(INDEX).open("ab", buffering=0) as index:
+                index.write(b"%d %d %s\n" % (*place, os.fsencode(name)))
+            self._places[name] = path, *place
+            self._own = path
 
 
 def shard_files(shard: Path) -> Iterator[IO[bytes]]:
@@ -116,10 +109,11 @@ def shard_files(shard: Path) -> Iterator[IO[bytes]]:
 
 
 class _Window(io.RawIOBase):
-    """A part of an open file as a file; threads may share the open file."""
+    """A part of a file as a file."""
 
-    def __init__(self, descriptor: int, offset: int, size: int) -> None:
-        self._descriptor, self._offset, self._size = descriptor, offset, size
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._offset, self._size = offset, size
         self._place = 0
 
     def readable(self) -> bool:
@@ -137,7 +131,11 @@ class _Window(io.RawIOBase):
         return self._place
 
     def readinto(self, buffer: Any) -> int:
-        wanted = memoryview(buffer)[: max(0, self._size - self._place)]
-        count = os.preadv(self._descriptor, [wanted], self._offset + self._place)
+        self._file.seek(self._offset + self._place)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._size - self._place)])
         self._place += count
         return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
