@@ -90,7 +90,8 @@ class Records:
                     for part in (header, data, padding):
                         shard.write(part)
             except BaseException:
-                os.truncate(path, start)  # of a full disk it would take the last bytes
+                with contextlib.suppress(OSError):  # it was not even made
+                    os.truncate(path, start)  # of a full disk it would take the last bytes
                 raise
             place = start + len(header), len(data)
             with path.with_suffix(INDEX).open("ab", buffering=0) as index:
