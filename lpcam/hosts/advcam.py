@@ -4,19 +4,16 @@ Lee et al., "Anti-Adversarially Manipulated Attributions for Weakly and Semi-Sup
 Segmentation", CVPR 2021.
 """
 
-from dataclasses import asdict
-from typing import Annotated, Any, Self
+from typing import Annotated
 
 import pydantic
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from lpcam.data.loaders import ViewBatch
+from lpcam.hosts.remade import RemadeMaps
 from lpcam.models.host import Host, mirrored_back
-from lpcam.prototypes.maps import HostViews
-from lpcam.settings import CHECKED, Count, Rate, Share, make
-from lpcam.storage.hashing import digest
+from lpcam.settings import CHECKED, Count, Rate, Share
 
 SMALL = 0.5  # the scale that climbs half as often, its maps counted twice
 
@@ -80,75 +77,20 @@ def climb(
     return torch.as_tensor(total)
 
 
-class AdvCAM(Host):
-    """A trained host whose own maps are those of climbing pictures; all else stays.
+class AdvCAM(RemadeMaps):
+    """A trained host whose own maps are those of climbing pictures.
 
-    It takes a forward and a backward pass for each step, class and scale. Only classes that a
-    picture shows have maps.
-
-    Args:
-        host: The trained host.
-        **options: See :class:`Climbing`.
+    It takes a forward and a backward pass for each step, class and scale.
     """
 
-    maps_from_features = False
     needs_gradients = True
     title = "AdvCAM"
+    settings = Climbing
 
-    def __init__(self, host: Host, **options: Any) -> None:
-        super().__init__(host.backbone, host.num_classes)
-        self.host = host.requires_grad_(False)
-        self.climbing = make(Climbing, options, "maps.{}".format)
-        self.precision = host.precision
-        self.finishes = host.finishes
-
-    def local_features(self, images: Tensor, labels: Tensor) -> Tensor:  # noqa: D102 - inherited
-        return self.host.local_features(images, labels)
-
-    def own_maps(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
-        """The host's own maps, before any step."""
-        return self.host.own_maps(features, classes)
-
-    def score(self, vectors: Tensor) -> Tensor:
-        """The host's scores."""
-        return self.host.score(vectors)
-
-    @property
-    def score_key(self) -> str:
-        """Hash of the host's, and of how pictures climb."""
-        return digest([self.host.score_key, asdict(self.climbing)])
-
-    @property
-    def feature_key(self) -> str:
-        """The host's: features are those of pictures as they are."""
-        return self.host.feature_key
-
-    def predict_step(self, batch: ViewBatch, batch_idx: int) -> list[HostViews]:
-        """Features of the pictures as they are, and maps of what becomes of them."""
-        scales = []
-        found = self.host.predict_step(batch, batch_idx)
-        for images, views in zip(batch["views"], found, strict=True):
-            small = images.shape[3] <= SMALL * batch["size"][1] + 0.5
-            steps = max(self.climbing.steps // 2, 1) if small else self.climbing.steps
-            assert views.maps is not None
-            maps = torch.zeros_like(views.maps)
-            for b, c in batch["labels"].nonzero().tolist():
-                both = [images[b], images[b].flip(2)][: len(maps)]
-                with torch.enable_grad():
-                    climbed = climb(
-                        self.host, torch.stack(both), batch["labels"][b], c, self.climbing, steps
-                    )
-                maps[:, b, c] = climbed * (2 if small else 1)
-            scales.append(views._replace(maps=maps))
-        return scales
-
-    def finish(self, maps: Tensor, views: HostViews, classes: Tensor) -> Tensor:
-        """What the host does."""
-        return self.host.finish(maps, views, classes)
-
-    def for_inference(self) -> Self:  # noqa: D102 - inherited
-        return type(self)(self.host.for_inference(), **asdict(self.climbing)).eval()
-
-    def state_dict(self, *args: Any, **options: Any) -> Any:
-        """The host's: there is nothing else to load."""
-        return self.host.state_dict(*args, **options)
+    def remake(self, views: Tensor, labels: Tensor, class_index: int, width: int) -> Tensor:
+        """See :func:`climb`."""
+        small = views.shape[3] <= SMALL * width + 0.5
+        steps = max(self.how.steps // 2, 1) if small else self.how.steps
+        with torch.enable_grad():
+            climbed = climb(self.host, views, labels, class_index, self.how, steps)
+        return climbed * (2 if small else 1)

@@ -136,9 +136,10 @@ def _checked(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         return function(cfg)
     except Exception as error:
         if "DataLoader worker" in str(error):  # was killed by a signal, or exited unexpectedly
+            given = "null" if cfg.num_workers is None else cfg.num_workers
             raise InputError(
-                f"num_workers={cfg.num_workers}: a process that decodes pictures was killed, as "
-                "for want of memory; lower it, and see whether /dev/shm is full"
+                f"num_workers={given}: a process that decodes pictures was killed, as for want of "
+                "memory; set a lower one, and see whether /dev/shm is full"
             ) from error
         if isinstance(error, InputError) or getattr(error, "filename", None) is not None:
             raise

@@ -127,7 +127,7 @@ def test_it_is_the_classifier_to_whatever_loads_it(tmp_path: Path) -> None:
     torch.save(AdvCAM(base).state_dict(), tmp_path / "saved.ckpt")
     load_host(tmp_path / "saved.ckpt", Classifier(build_backbone("test_resnet", None), 3))
     twin = AdvCAM(base, steps=5).for_inference()
-    assert twin.climbing == Climbing(steps=5)
+    assert twin.how == Climbing(steps=5)
     assert twin.score_key == AdvCAM(base, steps=5).score_key
 
 

@@ -145,16 +145,22 @@ def test_a_host_says_what_it_lacks(program, tmp_path: Path) -> None:
     assert odd.stderr.count("\n") <= 2
 
 
-def test_advcam_in_the_place_of_own_maps(program, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("maps", "option", "title"),
+    [("advcam", "maps.steps=2", "AdvCAM"), ("erasing", "maps.looks=2", "Erasing")],
+)
+def test_remade_maps_in_the_place_of_own_maps(
+    program, tmp_path: Path, maps: str, option: str, title: str
+) -> None:
     train = (*TINY, *NETWORK, "classifier.epochs=1", "classifier.validate_every=1")
     program("train", *train, *at(tmp_path, "train"))
-    few = ("maps=advcam", "maps.steps=2", "inference.scales=[1.0]")
+    few = (f"maps={maps}", option, "inference.scales=[1.0]")
     outcome = program("infer", *train, *FEW, *few, *at(tmp_path))
     assert outcome.status == 0, outcome.stderr
-    assert "AdvCAM" in outcome.stdout
+    assert title in outcome.stdout
     scores = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0 < scores["val/cam/miou"] < 1
-    # Features are split by the maps of climbing pictures, which features alone do not tell.
+    # Features are split by the maps of changed pictures, which features alone do not tell.
     assert [i["score"] for i in manifests(tmp_path, "features") if "score" in i]
 
 
