@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -96,6 +97,25 @@ def test_threads_write_and_read_at_a_time(tmp_path: Path) -> None:
     assert not wrong
     assert len(unpacked(tmp_path)) == 300
     assert len(list(tmp_path.glob("*.tar"))) == 1
+
+
+def test_threads_read_at_a_time_what_none_has_read_before(tmp_path: Path) -> None:
+    written = Records(tmp_path)
+    for index in range(200):
+        written.write(str(index), str(index).encode() * 1000)
+    for _ in range(20):
+        records, begin = Records(tmp_path), threading.Barrier(8)
+        wrong = []
+
+        def read(thread: int, records=records, begin=begin, wrong=wrong) -> None:
+            begin.wait()
+            for index in range(thread, 200, 8):
+                if records.read(str(index)) != str(index).encode() * 1000:
+                    wrong.append(index)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(read, range(8)))
+        assert not wrong
 
 
 WRITER = """
