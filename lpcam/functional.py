@@ -64,8 +64,10 @@ def local_prototype_map(features: Tensor, directions: Tensor) -> Tensor:
     Returns:
         Maps ``(B, C, h, w)`` in -2..2.
     """
-    # Dividing C maps by the norm is cheaper than dividing D channels, and the same.
-    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp_min(1e-12)
+    # Dividing C maps by the norm is cheaper than dividing D channels, and the same. Torch's
+    # vector_norm takes four times as long along the channels.
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    norm = wide.square().sum(1, keepdim=True).clamp_min(1e-24).sqrt().to(features.dtype)
     return F.conv2d(features, directions[:, :, None, None]) / norm
 
 

@@ -29,7 +29,7 @@ SCRIPT = dedent(
     with reused_memory():
         faults()  # the heap grows to what is needed
         inside = faults()
-    print(plain, inside, faults(), resident() - size)
+    print(plain, inside, resident() - size)
     """
 )
 
@@ -38,10 +38,9 @@ def test_pages_are_touched_once_inside_and_given_back_after() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
     )
-    plain, inside, after, grown = map(int, done.stdout.split())
+    plain, inside, grown = map(int, done.stdout.split())
     pages = 2**26 // resource.getpagesize()
     if plain < pages:
         pytest.skip("this allocator keeps memory by itself")
     assert inside < pages / 4
-    assert after >= pages
     assert grown < 2**25
