@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpcam.data.loaders import ViewBatch
 from lpcam.errors import InputError
 from lpcam.hosts.edam import EDAM
 from lpcam.hosts.iterative_erasing import IterativeErasing, Looks, look_again
 from lpcam.models.backbones import build_backbone
 from lpcam.models.classifier import Classifier
+from tests.hosts.test_advcam import batch
 
 
 class Sums:
@@ -68,16 +68,6 @@ def test_a_map_of_zeros_ends_it() -> None:
     views = -picture(1, 2, 3)[None]
     found = look_again(Sums(), views, torch.ones(2), 0, Looks(5))  # type: ignore[arg-type]
     assert not found.any()
-
-
-def batch(flip: bool) -> ViewBatch:
-    return {
-        "ids": ["a", "b"],
-        "labels": torch.tensor([[1.0, 0, 1], [0, 0, 0]]),
-        "size": (64, 96),
-        "views": [torch.randn(2, 3, 32, 48), torch.randn(2, 3, 64, 96)],
-        "flip": flip,
-    }
 
 
 @pytest.mark.parametrize("flip", [True, False])
