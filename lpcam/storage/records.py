@@ -100,6 +100,21 @@ class Records:
             self._own = path
 
 
+def cut_torn(folder: Path) -> None:
+    """Cut off the record that a killed process was writing at the end of its shard.
+
+    Nobody may be writing into the folder.
+    """
+    places = Records(folder)._places.values()
+    for shard in folder.glob(f"*{SHARD}"):
+        ends = [offset + size for path, offset, size in places if path == shard]
+        if ends:
+            os.truncate(shard, -(-max(ends) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        else:
+            shard.unlink()
+            shard.with_suffix(INDEX).unlink(missing_ok=True)
+
+
 def shard_files(shard: Path) -> Iterator[IO[bytes]]:
     """The records of a shard one after the other, as files."""
     with tarfile.open(shard) as archive:

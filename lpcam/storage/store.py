@@ -29,7 +29,7 @@ from lpcam.storage.files import remove_temporary, write_json
 from lpcam.storage.hashing import digest
 from lpcam.storage.locks import locked
 from lpcam.storage.ranks import agree, barrier, is_main_process
-from lpcam.storage.records import INDEX, SHARD, Records, shard_files
+from lpcam.storage.records import INDEX, SHARD, Records, cut_torn, shard_files
 
 
 class Stage:
@@ -104,6 +104,7 @@ class Stage:
             if together:
                 barrier()  # every process has written its part
             if finishes:
+                cut_torn(self._partial)
                 self.seconds = round(time.perf_counter() - start, 3)
                 manifest = {
                     "stage": self.name,

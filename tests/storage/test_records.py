@@ -1,6 +1,8 @@
 """Records in shards: round trips, what a killed process leaves, several writers."""
 
+import contextlib
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -148,6 +150,32 @@ def test_two_writers_are_killed_and_nothing_half_is_read(tmp_path: Path) -> None
     for name, index in last.items():
         for number in range(index + 1):
             assert records.read(f"{name}-{number}") == str(number).encode() * 3000
+
+
+@pytest.mark.parametrize("torn", [1, 100, 511, 512, 700, 1500])
+def test_what_was_being_written_is_cut_off_when_the_stage_is_finished(
+    tmp_path: Path, torn: int
+) -> None:
+    stage = Stage(tmp_path, "maps", {"k": 1})
+    data = io.BytesIO()
+    np.savez(data, maps=np.arange(50))
+    with contextlib.suppress(KeyboardInterrupt), stage.build(resume=True) as folder:
+        assert folder
+        Records(folder).write("a.npz", data.getvalue())
+        (shard,) = folder.glob("*.tar")
+        record = shard.read_bytes()
+        with shard.open("ab") as file:
+            file.write(record[:torn].replace(b"a.npz", b"b.npz"))
+        (folder / "1-killed.tar").write_bytes(record[:torn])  # before its first line
+        (folder / "1-killed.index").touch()
+        raise KeyboardInterrupt
+    with stage.build(resume=True) as folder:
+        assert folder
+        assert "b.npz" not in Records(folder)
+        Records(folder).write("b.npz", data.getvalue())
+    assert unpacked(stage.folder) == dict.fromkeys(("a.npz", "b.npz"), data.getvalue())
+    assert not (stage.folder / "1-killed.tar").exists()
+    assert not damage(stage.folder, read=True)
 
 
 @pytest.mark.parametrize("ending", [".tar", ".index"])
