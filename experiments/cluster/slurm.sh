@@ -3,12 +3,12 @@
 #
 #   apt-get install slurm-wlm slurmdbd munge mariadb-server
 #   sh experiments/cluster/slurm.sh start      # again after a reboot: jobs and accounts are kept
-#   export SLURM_CONF=/tmp/slurm/slurm.conf    # for sbatch, squeue, scancel, scontrol, sacct
+#   export SLURM_CONF=~/slurm/slurm.conf       # for sbatch, squeue, scancel, scontrol, sacct
 #   sh experiments/cluster/slurm.sh stop
 #
 # Accounts are kept, as submitit learns from sacct alone that a job was cancelled.
 set -eu
-dir=${SLURM_DIR:-/tmp/slurm}
+dir=${SLURM_DIR:-$HOME/slurm}
 host=$(hostname -s)
 export SLURM_CONF="$dir/slurm.conf"
 

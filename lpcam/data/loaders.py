@@ -129,7 +129,10 @@ def decoders(num_workers: int | None) -> dict[str, Any]:
     if num_workers is None:
         gpus, num_workers = torch.cuda.device_count(), 1
         if gpus:
-            num_workers = min(8, max(1, len(os.sched_getaffinity(0)) // gpus - 1))
+            # Slurm gives a job some of the machine's cores; only Linux tells which.
+            linux = sys.platform == "linux"
+            cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+            num_workers = min(8, max(1, cores // gpus - 1))
     # Under joblib the processes of a loader could not start the way that joblib's own do.
     start = "fork" if num_workers and sys.platform == "linux" else None
     return {"num_workers": num_workers, "multiprocessing_context": start}
