@@ -8,7 +8,7 @@ score. Prints points of mIoU; a second number is the difference to the paper's w
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from lpcam.data.dataset import Picture, multi_hot
+from lpcam.data.loaders import normalized, view_loader
 from lpcam.evaluation import SegmentationScore
 from lpcam.functional import class_activation_map, normalize_maps
 from lpcam.programs.folders import CONF, PROJECT
@@ -106,22 +107,62 @@ class Study:
             total[c] = torch.from_numpy(model.coef_[0]).float() @ centers.flatten(0, 1)
         return total
 
-    def clustered(self, cluster: Cluster, split: Tensor | None = None, tau: float = 0) -> Tensor:
-        """Directions from other clusters, or from a split by other maps ``(C, D)`` than CAM."""
+    @torch.no_grad()
+    def scaled(self, index: int) -> list[Tensor]:
+        """Local features of a picture at each of the scales that maps are made of ``(h, w, D)``."""
+        count, host = len(self.raw), self.run.host
+        scales = self.run.inference.scales
+        (batch,) = view_loader([self.pictures[index]], count, scales=scales, flip=False)
+        views = host.predict_step(normalized(batch, host.backbone.mean, host.backbone.std), 0)
+        return [view.features[0, 0].permute(1, 2, 0) for view in views]
+
+    def retrained(self, directions: Tensor) -> Tensor:
+        """Weights ``(C, D)`` of a head on the means of features by the maps of directions."""
+        pooled = []
+        for features in self.features:
+            x = features.float().permute(2, 0, 1)[None]
+            maps = normalize_maps(class_activation_map(F.normalize(x, dim=1), directions))[0]
+            total = maps.sum((1, 2)).clamp_min(1e-9)[:, None]
+            pooled.append(maps.flatten(1) @ x[0].flatten(1).T / total)
+        rows = torch.stack(pooled, 1).numpy()
+        fits = [
+            LogisticRegression(max_iter=2000).fit(x, shown)
+            for x, shown in zip(rows, self.shown.T, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate([fit.coef_ for fit in fits])).float()
+
+    def alternated(self, directions: Tensor, taus: Sequence[float]) -> Tensor:
+        """Directions after rounds of a split by the last ones, at these taus, and clustering."""
+        for tau in taus:
+            directions = self.clustered(cosine_means, directions, tau)
+        return directions
+
+    def clustered(
+        self, cluster: Cluster, split: Tensor | None = None, tau: float = 0, scales: bool = False
+    ) -> Tensor:
+        """Directions from other clusters, or from a split by other maps ``(C, D)`` than CAM.
+
+        Args:
+            cluster: Gives centres of rows.
+            split: Directions of the maps; None for CAM.
+            tau: Where these split features; 0 for the setting's.
+            scales: Take every eighth feature of all scales instead of those of scale 1.
+        """
         settings, host, limits = self.run.clustering, self.run.host, self.run.selection
         total = torch.zeros(len(self.raw), self.raw.shape[3])
         for c in range(len(total)):
             sides: tuple[list[Tensor], list[Tensor]] = ([], [])
             for index in np.flatnonzero(self.shown[:, c]):
-                x = self.features[index].float()
-                grid = x.permute(2, 0, 1)[None]
-                if split is None:
-                    maps = host.own_maps(grid, torch.tensor([c]))
-                else:
-                    maps = class_activation_map(F.normalize(grid, dim=1), split[c : c + 1])
-                inside = normalize_maps(maps)[0, 0] >= (tau or settings.activation)
-                sides[0].append(x[inside])
-                sides[1].append(x[~inside])
+                for x in self.scaled(index) if scales else [self.features[index].float()]:
+                    grid = x.permute(2, 0, 1)[None]
+                    if split is None:
+                        maps = host.own_maps(grid, torch.tensor([c]))
+                    else:
+                        maps = class_activation_map(F.normalize(grid, dim=1), split[c : c + 1])
+                    inside = normalize_maps(maps)[0, 0] >= (tau or settings.activation)
+                    step = 8 if scales else 1
+                    sides[0].append(x[inside][::step])
+                    sides[1].append(x[~inside][::step])
             own, context = (cluster(torch.cat(side), settings.k) for side in sides)
             score = class_score(host, own, c)
             keep = score > limits.class_score
@@ -162,6 +203,11 @@ def by_labels(make: Callable[[int], Any], count: int, prepare: Callable[[Tensor]
         return torch.stack([rows[labels == j].mean(0) for j in labels.unique()])
 
     return cluster
+
+
+def cosine_means(rows: Tensor, k: int) -> Tensor:
+    """The paper's clusters."""
+    return spherical_kmeans(rows, k).centers
 
 
 def units(rows: Tensor) -> np.ndarray:
@@ -209,11 +255,13 @@ def main() -> None:
         "average linkage, cosine": study.clustered(linked),
         "Gaussian mixture, 64 components": study.clustered(mixture),
     }
-    for tau in (0.1, 0.2, 0.3):
-        name = f"split anew by LPCAM, tau {tau}"
-        variants[name] = study.clustered(
-            lambda rows, k: spherical_kmeans(rows, k).centers, paper, tau
-        )
+    for taus in ((0.1,), (0.2,), (0.3,), (0.3, 0.2, 0.1), (0.1, 0.2, 0.3)):
+        name = f"split anew by LPCAM, tau {', '.join(map(str, taus))}"
+        variants[name] = study.alternated(paper, taus)
+    head = study.retrained(paper)
+    variants["head on features pooled by LPCAM"] = head
+    variants["split by that head"] = study.clustered(cosine_means, head)
+    variants["features of all scales"] = study.clustered(cosine_means, scales=True)
     found = study.score(variants)
     base = next(iter(found.values()))
     for name, value in found.items():

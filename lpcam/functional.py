@@ -112,16 +112,16 @@ def own_prototype_maps(values: Tensor, features: Tensor) -> Tensor:
     tell what a class looks like, these what this animal looks like.
 
     Args:
-        values: V maps of one picture in 0..1 ``(V, h, w)``, on the features' grid.
-        features: Its local features ``(D, h, w)``.
+        values: V maps of a picture in 0..1 ``(..., V, h, w)``, on the features' grid.
+        features: Its local features ``(..., D, h, w)``.
 
     Returns:
-        ``(V, h, w)`` in 0..1, after ReLU and division by the maximum.
+        ``(..., V, h, w)`` in 0..1, after ReLU and division by the maximum.
     """
-    unit = F.normalize(features, dim=0).flatten(1).to(values.dtype)
-    inside = values.flatten(1)
-    here, rest = (F.normalize(weight @ unit.T, dim=1) for weight in (inside, 1 - inside))
-    return normalize_maps(((here - rest) @ unit).unflatten(1, features.shape[1:]))
+    unit = F.normalize(features, dim=-3).flatten(-2).to(values.dtype)
+    inside = values.flatten(-2)
+    here, rest = (F.normalize(weight @ unit.mT, dim=-1) for weight in (inside, 1 - inside))
+    return normalize_maps(((here - rest) @ unit).unflatten(-1, features.shape[-2:]))
 
 
 def propagate(
@@ -145,45 +145,45 @@ def propagate(
     are averaged: a quarter of the products where one grid is twice as fine as the other.
 
     Args:
-        values: V maps of one picture ``(V, H, W)``, on any grid.
-        features: Local features ``(D, h, w)``.
-        stage: Features of the earlier stage ``(E, h', w')``, h' and w' not below h and w.
+        values: V maps of a picture ``(..., V, H, W)``, on any grid.
+        features: Local features ``(..., D, h, w)``.
+        stage: Features of the earlier stage ``(..., E, h', w')``, h' and w' not below h and w.
         sharpness: The s above; 0 makes every position the mean.
         stage_weight: The a above.
         own_share: How much of a value is that of :func:`own_prototype_maps`, before the step.
         beside: Values, features and stage of further pictures whose positions y take part, such as
             the frames of a video before and after this one.
-        block: Pairs of positions at a time; bounds the memory.
+        block: Pairs of positions of a picture at a time; bounds the memory.
 
     Returns:
-        ``(V, h', w')``, in the precision of the values.
+        ``(..., V, h', w')``, in the precision of the values.
     """
-    root, fine = stage_weight**0.5, stage.shape[1:]
-    here = F.normalize(_resized(F.normalize(features, dim=0), fine), dim=0)
-    queries = torch.cat([here, root * F.normalize(stage, dim=0)]).flatten(1)
+    root, fine = stage_weight**0.5, stage.shape[-2:]
+    here = F.normalize(resize(F.normalize(features, dim=-3), fine), dim=-3)
+    queries = torch.cat([here, root * F.normalize(stage, dim=-3)], -3).flatten(-2)
     keys, known = [], []
     for maps, local, early in ((values, features, stage), *beside):
-        coarse, unit = local.shape[1:], F.normalize(local, dim=0)
-        keys.append(torch.cat([unit, root * F.normalize(_averaged(early, coarse), dim=0)]))
-        averaged = _averaged(maps, coarse)
+        coarse, unit = local.shape[-2:], F.normalize(local, dim=-3)
+        averaged = resize(early, coarse, antialias=True)
+        keys.append(torch.cat([unit, root * F.normalize(averaged, dim=-3)], -3).flatten(-2))
+        averaged = resize(maps, coarse, antialias=True)
         if own_share:
             own = own_prototype_maps(averaged, unit)
             averaged = (1 - own_share) * averaged + own_share * own
-        known.append(averaged.flatten(1).T)
-    all_keys = sharpness * torch.cat([key.flatten(1) for key in keys], 1)
-    all_known = torch.cat(known)
-    rows = max(block // all_keys.shape[1], 1)
+        known.append(averaged.flatten(-2).mT)
+    all_keys = sharpness * torch.cat(keys, -1)
+    all_known = torch.cat(known, -2)
+    rows = max(block // all_keys.shape[-1], 1)
     found = [
-        (part.T @ all_keys).softmax(1).to(all_known.dtype) @ all_known
-        for part in queries.split(rows, dim=1)
+        (part.mT @ all_keys).softmax(-1).to(all_known.dtype) @ all_known
+        for part in queries.split(rows, dim=-1)
     ]
-    return torch.cat(found).T.unflatten(1, fine)
+    return torch.cat(found, -2).mT.unflatten(-1, fine)
 
 
-def _averaged(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps ``(N, H, W)`` on a coarser grid, without aliasing."""
-    return F.interpolate(maps[None], list(size), mode="bilinear", antialias=True)[0]
-
-
-def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(maps[None], list(size), mode="bilinear", align_corners=False)[0]
+def resize(maps: Tensor, size: Sequence[int], *, antialias: bool = False) -> Tensor:
+    """Bring maps ``(..., N, H, W)`` to another size, bilinear."""
+    whole = F.interpolate(
+        maps.reshape(-1, *maps.shape[-3:]), list(size), mode="bilinear", antialias=antialias
+    )
+    return whole.reshape(*maps.shape[:-2], *size)

@@ -62,6 +62,14 @@ def test_blocks_change_nothing_and_maps_do_not_meet() -> None:
         torch.testing.assert_close(alone[0], whole[index])
 
 
+def test_pictures_of_a_batch_do_not_meet() -> None:
+    pictures = [scene(seed, factor=2) for seed in (4, 5, 6)]
+    options = {"sharpness": 4.0, "stage_weight": 1.5, "own_share": 0.4, "block": 50}
+    together = propagate(*(torch.stack(parts) for parts in zip(*pictures, strict=True)), **options)
+    for found, picture in zip(together, pictures, strict=True):
+        torch.testing.assert_close(found, propagate(*picture, **options))
+
+
 def test_single_precision_is_near_double() -> None:
     values, features, stage = scene(3, grid=(5, 6), factor=2)
     options = {"sharpness": 3.0, "stage_weight": 2.0, "own_share": 0.4}

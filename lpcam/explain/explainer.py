@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,6 @@ class LPCAM:
             "classifier": self.layers.classifier_name,
             "example": list(example.shape[1:]),
         }
-        self._finer: nn.Module | None = None
         self.centers: Centers | None = None
         self._head: PrototypeHead | None = None
 
@@ -149,6 +149,12 @@ class LPCAM:
         if self._head is None:
             raise InputError("LPCAM: not fitted; call fit(loader) first, or LPCAM.load")
         return self._head
+
+    @cached_property
+    def finer(self) -> nn.Module:
+        """The earlier stage that maps propagate by; an InputError if the model has none."""
+        example = torch.zeros(1, *self._settings["example"]).to(self.layers.classifier.weight)
+        return find_finer_layer(self.model, self.layers, example)
 
     @property
     def prototypes(self) -> Prototypes:
@@ -416,10 +422,8 @@ class LPCAM:
             step: How.
             frames: Pictures before and after each that take part.
         """
-        if self._finer is None:
-            self._finer = find_finer_layer(self.model, self.layers, images)
         images = images.to(self.layers.classifier.weight)
-        stages = finer_features(self.model, self._finer, images)
+        stages = finer_features(self.model, self.finer, images)
         features = list(zip(*added, strict=True))
         before = maps.clone() if frames else maps
         for place, shown in enumerate(asked):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lpcam.data.dataset import IGNORED, open_image
 from lpcam.errors import InputError
 from lpcam.explain.explainer import LPCAM
-from lpcam.explain.feature_layers import evaluating
+from lpcam.explain.feature_layers import evaluating, recorded
 from lpcam.functional import normalize_maps
+from lpcam.prototypes.maps import Propagation, spread
 from lpcam.seeds.masks import seed_mask
 from lpcam.seeds.palette import save_mask
 from lpcam.storage.files import write_atomically
@@ -30,27 +31,43 @@ class MapModel(nn.Module):
 
     Args:
         cam: A fitted LPCAM; its model is shared, not copied.
+        propagate: Sharpness of the step that carries maps to edges, as in a call of the LPCAM.
+
+    Raises:
+        InputError: The model has no finer layer to propagate by.
     """
 
-    def __init__(self, cam: LPCAM) -> None:
+    def __init__(self, cam: LPCAM, propagate: float = 0.0) -> None:
         super().__init__()
         self.model = cam.model
         self.cam = cam
+        self.step = Propagation(propagate) if propagate else None
+        self.finer = cam.finer if propagate else cam.layers.layer
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps ``(B, C, H, W)`` of all classes, as ``cam(images)`` gives them for one view."""
-        features = self.cam.layers.features(self.model, images)
+        with recorded(self.finer) as stages:
+            features = self.cam.layers.features(self.model, images)
         maps = self.cam.head.maps(features)
         size = (images.shape[2], images.shape[3])
-        return normalize_maps(F.interpolate(maps, size, mode="bilinear", align_corners=False))
+        maps = normalize_maps(F.interpolate(maps, size, mode="bilinear", align_corners=False))
+        if self.step is None:
+            return maps
+        # A class that is not fitted has no map, and none is carried to it.
+        fitted = torch.tensor(self.cam.head.fitted, device=maps.device)
+        carried = spread(maps[:, fitted], [features], stages[0], self.step, size)
+        return maps.index_copy(1, fitted, carried)
 
 
-def export_program(cam: LPCAM, images: Tensor) -> torch.export.ExportedProgram:
+def export_program(
+    cam: LPCAM, images: Tensor, *, propagate: float = 0.0
+) -> torch.export.ExportedProgram:
     """Capture model and prototypes as one graph with ``torch.export``.
 
     Args:
         cam: A fitted LPCAM.
         images: Pictures of the size that the graph is for ``(B, 3, H, W)``; B stays free.
+        propagate: As in :class:`MapModel`.
 
     Returns:
         The program; ``program.module()(images)`` gives maps ``(B, C, H, W)``.
@@ -59,18 +76,19 @@ def export_program(cam: LPCAM, images: Tensor) -> torch.export.ExportedProgram:
     # A batch of one would be taken for a constant.
     example = torch.cat([images, images])[:2]
     with evaluating(cam.model):
-        module = MapModel(cam).eval()
+        module = MapModel(cam, propagate).eval()
         batch = torch.export.Dim("batch", min=1)
         return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
 
 
-def export_onnx(cam: LPCAM, path: str | Path, images: Tensor) -> float:
+def export_onnx(cam: LPCAM, path: str | Path, images: Tensor, *, propagate: float = 0.0) -> float:
     """Write model and prototypes as one ONNX graph, and run it to check.
 
     Args:
         cam: A fitted LPCAM.
         path: The file; its input is ``images``, its output ``maps`` ``(B, C, H, W)``.
         images: Pictures of the size that the graph is for ``(B, 3, H, W)``; B stays free.
+        propagate: As in :class:`MapModel`.
 
     Returns:
         Largest difference between the maps of onnxruntime and torch on the pictures.
@@ -85,7 +103,7 @@ def export_onnx(cam: LPCAM, path: str | Path, images: Tensor) -> float:
         raise InputError(
             f"export: needs the package {error.name}; pip install 'lpcam[export]'"
         ) from error
-    program = export_program(cam, images)
+    program = export_program(cam, images, propagate=propagate)
     torch.onnx.export(
         program,
         f=str(path),
@@ -98,7 +116,7 @@ def export_onnx(cam: LPCAM, path: str | Path, images: Tensor) -> float:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     images = images.to(cam.layers.classifier.weight)
     (found,) = session.run(None, {"images": images.cpu().numpy()})
-    expected = cam(images).cpu().numpy()
+    expected = cam(images, propagate=propagate).cpu().numpy()
     return float(np.abs(found - expected).max())
 
 

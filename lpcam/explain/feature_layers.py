@@ -159,19 +159,31 @@ def finer_features(model: nn.Module, layer: nn.Module, images: Tensor) -> Tensor
         layer: The layer.
         images: Pictures ``(B, 3, H, W)``.
     """
+    with evaluating(model), suppress(_Reached), recorded(layer, stop=True) as outputs:
+        model(images)
+    return outputs[0]
+
+
+@contextmanager
+def recorded(layer: nn.Module, *, stop: bool = False) -> Iterator[list[Tensor]]:
+    """Give a list that gets the layer's outputs, in at least single precision.
+
+    Args:
+        layer: The layer.
+        stop: Whether a forward pass ends there, by an exception.
+    """
     outputs: list[Tensor] = []
 
-    def stop(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         outputs.append(_precise(output))
-        raise _Reached
+        if stop:
+            raise _Reached
 
-    handle = layer.register_forward_hook(stop)
+    handle = layer.register_forward_hook(record)
     try:
-        with evaluating(model), suppress(_Reached):
-            model(images)
+        yield outputs
     finally:
         handle.remove()
-    return outputs[0]
 
 
 @contextmanager

@@ -40,7 +40,17 @@ from lpcam.storage.records import Records
 from lpcam.storage.store import Stage
 
 # Overrides of infer.py that train.py needs too, to train the network that is looked for.
-SHARED = ("task", "dataset", "backbone", "segmenter", "masks", "paths", "seed", "experiments")
+SHARED = (
+    "task",
+    "dataset",
+    "backbone",
+    "segmenter",
+    "masks",
+    "trainer",
+    "paths",
+    "seed",
+    "experiments",
+)
 PSEUDO = "masks"
 TITLES = {PSEUDO: "pseudo masks", PLAIN: "network", CRF: "network, CRF"}
 

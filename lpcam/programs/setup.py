@@ -33,7 +33,16 @@ from lpcam.storage.store import Stage
 # are made with, and where LPCAM is plugged in.
 AROUND = ("base", "seeds", "lpcam")
 # Overrides of infer.py that train.py needs too, to train the classifier that is looked for.
-SHARED = ("dataset", "backbone", "classifier", "paths", "seed", "recipe", "experiments")
+SHARED = (
+    "dataset",
+    "backbone",
+    "classifier",
+    "trainer",
+    "paths",
+    "seed",
+    "recipe",
+    "experiments",
+)
 
 
 @dataclass(frozen=True)

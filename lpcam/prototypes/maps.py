@@ -15,6 +15,7 @@ from lpcam.functional import (
     merge_scales,
     normalize_maps,
     propagate,
+    resize,
 )
 from lpcam.prototypes.head import transform
 from lpcam.prototypes.prototype_set import Prototypes
@@ -115,13 +116,13 @@ def spread(
     eps: float = 1e-5,
     beside: Sequence[tuple[Tensor, Sequence[Tensor], Tensor]] = (),
 ) -> Tensor:
-    """One picture's maps after the step, from 0 to 1 again.
+    """A picture's maps after the step, from 0 to 1 again.
 
     Args:
-        values: Its maps ``(V, H, W)``.
-        features: Its local features at several scales ``(D, h, w)``; the mean of the unit features
-            counts, on the grid of the first scale.
-        stage: Features of an earlier stage ``(E, h', w')`` at that scale.
+        values: Its maps ``(..., V, H, W)``.
+        features: Its local features at several scales ``(..., D, h, w)``; the mean of the unit
+            features counts, on the grid of the first scale.
+        stage: Features of an earlier stage ``(..., E, h', w')`` at that scale.
         step: How.
         size: Rows and columns of the result.
         eps: Added to the maximum that each map is divided by, after its minimum is subtracted.
@@ -129,21 +130,21 @@ def spread(
             :func:`~lpcam.functional.propagate`.
 
     Returns:
-        ``(V, *size)``.
+        ``(..., V, *size)``.
     """
     first, *others = (
         (v, _mean_unit(f), s.float()) for v, f, s in ((values, features, stage), *beside)
     )
     carried = propagate(*first, beside=others, **asdict(step))
-    carried = normalize_maps(carried - carried.amin((1, 2), keepdim=True), eps)
-    return F.interpolate(carried[None], list(size), mode="bilinear")[0]
+    carried = normalize_maps(carried - carried.amin((-2, -1), keepdim=True), eps)
+    return resize(carried, size)
 
 
 def _mean_unit(features: Sequence[Tensor]) -> Tensor:
-    """Mean of unit features of several scales, on the grid of the first ``(D, h, w)``."""
-    grid = features[0].shape[1:]
-    units = [F.normalize(scale.float(), dim=0)[None] for scale in features]
-    return torch.cat([F.interpolate(unit, grid, mode="bilinear") for unit in units]).mean(0)
+    """Mean of unit features of several scales, on the grid of the first ``(..., D, h, w)``."""
+    grid = features[0].shape[-2:]
+    units = [resize(F.normalize(scale.float(), dim=-3), grid) for scale in features]
+    return torch.stack(units).mean(0)
 
 
 class MapMaker(nn.Module):

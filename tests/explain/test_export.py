@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,31 @@ def test_the_exported_graph_gives_the_same_maps(name: str) -> None:
     assert not any(module._forward_hooks for module in cam.model.modules())
 
 
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_the_step_is_part_of_the_exported_graph(name: str) -> None:
+    cam = fitted(name)
+    cam.prototypes = replace(
+        cam.prototypes, foreground=(cam.prototypes.foreground[0][:0], *cam.prototypes.foreground[1:])
+    )
+    images = torch.randn(3, 3, 64, 64)
+
+    program = export_program(cam, images[:1], propagate=3)
+
+    wanted = cam(images, propagate=3)
+    found = program.module()(images)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    # Without prototypes there is no map, and the step makes none.
+    assert not found[:, 0].any()
+    assert (wanted - cam(images)).abs().max() > 0.1
+
+
+def test_a_model_without_a_finer_stage_has_no_step() -> None:
+    cam = fitted("vit_little_patch16_reg4_gap_256")
+
+    with pytest.raises(InputError, match="propagate: no layer before"):
+        export_program(cam, torch.randn(1, 3, 64, 64), propagate=3)
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
 @pytest.mark.parametrize("name", OPTIONS)
 def test_torchscript_gives_the_same_maps(name: str, tmp_path: Path) -> None:
@@ -67,19 +93,22 @@ def test_torchscript_gives_the_same_maps(name: str, tmp_path: Path) -> None:
 
 # The warnings are onnxscript's and torch's own.
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["resnet18", "vit_little_patch16_reg4_gap_256"])
-def test_onnxruntime_gives_the_same_maps(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "propagate"), [("resnet18", 3), ("vit_little_patch16_reg4_gap_256", 0)]
+)
+def test_onnxruntime_gives_the_same_maps(name: str, propagate: int, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
     pytest.importorskip("onnxscript", reason="needs the extra 'export'")
     cam = fitted(name)
     path = tmp_path / "maps.onnx"
 
-    assert export_onnx(cam, path, torch.randn(1, 3, 64, 64)) < 1e-5
+    assert export_onnx(cam, path, torch.randn(1, 3, 64, 64), propagate=propagate) < 1e-5
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     images = torch.randn(3, 3, 64, 64)
     (maps,) = session.run(["maps"], {"images": images.numpy()})
-    np.testing.assert_allclose(maps, cam(images).numpy(), rtol=0, atol=1e-5)
+    wanted = cam(images, propagate=propagate).numpy()
+    np.testing.assert_allclose(maps, wanted, rtol=0, atol=1e-5)
     assert [file.name for file in tmp_path.iterdir()] == ["maps.onnx"]
 
 

@@ -270,9 +270,10 @@ def test_a_failing_training_in_a_sweep_ends_with_status_1(program, tmp_path: Pat
 
 
 def test_infer_says_which_command_trains(program, copied: Path) -> None:
-    outcome = program("infer", *TINY, *TINY_INFER, "seed=7", *at(copied))
+    precision = "trainer.precision=bf16-true"
+    outcome = program("infer", *TINY, *TINY_INFER, "seed=7", precision, *at(copied))
     assert_one_line(outcome, "no classifier for these settings; train it first:  python train.py")
-    assert "seed=7" in outcome.stderr
+    assert f"seed=7 {precision}" in outcome.stderr
     assert "prototypes.k" not in outcome.stderr
 
 
