@@ -55,9 +55,8 @@ def test_the_exported_graph_gives_the_same_maps(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
 def test_the_step_is_part_of_the_exported_graph(name: str) -> None:
     cam = fitted(name)
-    cam.prototypes = replace(
-        cam.prototypes, foreground=(cam.prototypes.foreground[0][:0], *cam.prototypes.foreground[1:])
-    )
+    own = cam.prototypes.foreground
+    cam.prototypes = replace(cam.prototypes, foreground=(own[0][:0], *own[1:]))
     images = torch.randn(3, 3, 64, 64)
 
     program = export_program(cam, images[:1], propagate=3)
