@@ -24,6 +24,8 @@ def add_command(commands: Any) -> None:
     command.add_argument("--side", default=640, type=int, help=text)
     text = "factors on that size"
     command.add_argument("--scales", nargs="+", default=[0.75, 1.0, 1.25], type=float, help=text)
+    text = "power of a class's mean in the picture that its pixels are weighed by"
+    command.add_argument("--image-prior", default=2.0, type=float, help=text)
     command.add_argument("--crf", metavar="NAME", help="dense CRF, such as deeplab")
 
 
@@ -49,8 +51,8 @@ def segment(options: argparse.Namespace) -> None:
     from lpcam.settings import make
     from lpcam.visualize import mask_overlay, to_grey, to_image
 
-    given = {"scales": options.scales, "flip": True, "merge": "mean", "crf": options.crf}
-    testing = make(Testing, given, "--{}".format)
+    given = {"scales": options.scales, "crf": options.crf, "image_prior": options.image_prior}
+    testing = make(Testing, {"flip": True, "merge": "mean", **given}, "--{}".format)
     check_crf(testing.crf)
     names = [path.stem for path in options.pictures]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -69,7 +71,14 @@ def segment(options: argparse.Namespace) -> None:
         ]
         size = (image.height, image.width)
         with torch.inference_mode():
-            scores = probabilities(network, views, size, flip=testing.flip, merge=testing.merge)
+            scores = probabilities(
+                network,
+                views,
+                size,
+                flip=testing.flip,
+                merge=testing.merge,
+                image_prior=testing.image_prior,
+            )
         labels = scores[0].cpu()
         if testing.crf:
             parameters = crf_parameters(testing.crf, "--crf")

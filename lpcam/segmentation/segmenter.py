@@ -90,6 +90,7 @@ class Testing:
         flip: Whether mirror images are among the views.
         merge: Whether a pixel gets the ``max`` of the views' scores, as published for DeepLabV2, or
             the ``mean`` of their probabilities.
+        image_prior: See :func:`with_image_prior`; 0 for none, as published.
         crf: Published parameters of the dense CRF after it, a name of
             :data:`~lpcam.refiners.crf.PARAMETERS`; None for no CRF.
         test_batch_size: Pictures of one size that share a forward pass.
@@ -98,6 +99,7 @@ class Testing:
     scales: Annotated[Scales, Field(min_length=1)]
     flip: bool
     merge: Literal["max", "mean"]
+    image_prior: Annotated[float, Field(ge=0, le=10)] = 0.0
     crf: Annotated[Text, AfterValidator(_known_crf)] | None = None
     test_batch_size: Count = 1
 
@@ -172,6 +174,7 @@ class Segmenter(pl.LightningModule):
             batch["size"],
             flip=self.testing.flip,
             merge=self.testing.merge,
+            image_prior=self.testing.image_prior,
         )
 
 
@@ -182,6 +185,7 @@ def probabilities(
     *,
     flip: bool,
     merge: Literal["max", "mean"],
+    image_prior: float = 0.0,
 ) -> Tensor:
     """Probabilities of background and classes, over several views.
 
@@ -191,6 +195,7 @@ def probabilities(
         size: Height and width of the pictures.
         flip: Whether their mirror images are looked at too.
         merge: See :class:`Testing`.
+        image_prior: Likewise.
 
     Returns:
         ``(B, C + 1, *size)``; each pixel's add up to 1.
@@ -209,4 +214,27 @@ def probabilities(
             else:
                 merged = scores if merged is None else torch.maximum(merged, scores)
     assert merged is not None
-    return merged / count if merge == "mean" else merged.softmax(1)
+    found = merged / count if merge == "mean" else merged.softmax(1)
+    return with_image_prior(found, image_prior) if image_prior else found
+
+
+def with_image_prior(probabilities: Tensor, power: float) -> Tensor:
+    """Let each pixel's object be of the classes that the picture as a whole shows.
+
+    A network without labels takes the hind legs of a sheep for a cow's. Where it divides a pixel
+    between classes, this leaves what background has, and divides the rest by the classes'
+    probabilities times their mean over the picture to a power. So classes do not share one
+    animal, and background does not win where they do.
+
+    Args:
+        probabilities: Of background and classes ``(B, C + 1, H, W)``.
+        power: Of the mean.
+
+    Returns:
+        Likewise.
+    """
+    background, classes = probabilities.split([1, probabilities.shape[1] - 1], 1)
+    mean = classes.mean((2, 3), keepdim=True)
+    weighed = classes * (mean / mean.amax(1, keepdim=True).clamp_min(1e-12)) ** power
+    share = weighed / weighed.sum(1, keepdim=True).clamp_min(1e-12)
+    return torch.cat([background, share * classes.sum(1, keepdim=True)], 1)

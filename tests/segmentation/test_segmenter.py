@@ -20,7 +20,13 @@ from lpcam.segmentation.file import load_network, save_network
 from lpcam.segmentation.masks import TrueMasks
 from lpcam.segmentation.networks import Architecture, SegmentationNetwork, build_network
 from lpcam.segmentation.predict import predict_masks
-from lpcam.segmentation.segmenter import Learning, Segmenter, Testing, probabilities
+from lpcam.segmentation.segmenter import (
+    Learning,
+    Segmenter,
+    Testing,
+    probabilities,
+    with_image_prior,
+)
 from lpcam.stages.segmenter import segmenter_stage, train
 from lpcam.storage.store import Stage
 from tests.oracles.dilated_head import published_rates
@@ -211,6 +217,26 @@ def test_views_are_merged_as_published_or_averaged() -> None:
     found = probabilities(network, views, size, flip=True, merge="mean")
     torch.testing.assert_close(found, mean)
     torch.testing.assert_close(found.sum(1), torch.ones(2, *size))
+
+
+def test_pixels_are_of_classes_that_the_picture_shows() -> None:
+    # Four pixels: three of the first class, of which the second claims more in the last.
+    found = torch.tensor([[[0.2, 0.2, 0.2, 0.4]], [[0.6, 0.6, 0.6, 0.25]], [[0.2, 0.2, 0.2, 0.35]]])
+
+    changed = with_image_prior(torch.stack([found, found.flip(2)]), 2)
+
+    mean = {1: (0.6 * 3 + 0.25) / 4, 2: (0.2 * 3 + 0.35) / 4}
+    own, other = 0.25 * mean[1] ** 2, 0.35 * mean[2] ** 2
+    wanted = torch.tensor([0.4, 0.6 * own / (own + other), 0.6 * other / (own + other)])
+    torch.testing.assert_close(changed[0, :, 0, 3], wanted)
+    assert found.argmax(0).tolist() == [[1, 1, 1, 0]]
+    assert changed[0].argmax(0).tolist() == [[1, 1, 1, 1]]
+    torch.testing.assert_close(changed[1], changed[0].flip(2))
+    torch.testing.assert_close(changed.sum(1), torch.ones(2, 1, 4))
+    torch.testing.assert_close(changed[:, 0], torch.stack([found, found.flip(2)])[:, 0])
+    background = torch.zeros(1, 3, 1, 2)
+    background[:, 0] = 1
+    torch.testing.assert_close(with_image_prior(background, 2), background)
 
 
 def masks_of(folder: Path, dataset: Shapes, name: str = "segmented") -> dict[str, np.ndarray]:
