@@ -118,15 +118,15 @@ class COCO(SegmentationDataset):
 
     def instances(self, picture: Picture) -> TrueInstances:
         """The annotated masks, those of crowds marked, whatever ``crowd`` says."""
-        index = self._load(picture.path.parent.name)
-        image = index.images[picture.path.name]
+        instances = self._load(picture.path.parent.name)
+        image = instances.images[picture.path.name]
         items = [
             item
-            for item in index.index.imgToAnns.get(image["id"], [])
-            if item["category_id"] in index.labels
+            for item in instances.index.imgToAnns.get(image["id"], [])
+            if item["category_id"] in instances.labels
         ]
         return TrueInstances(
-            [index.labels[item["category_id"]] for item in items],
+            [instances.labels[item["category_id"]] for item in items],
             [self._draw(picture, item) for item in items],
             [bool(item.get("iscrowd")) for item in items],
             np.zeros((image["height"], image["width"]), bool),
@@ -188,14 +188,15 @@ class COCO(SegmentationDataset):
         name = picture.path.parent.name
         instances = self._load(name)
         image = instances.images[picture.path.name]
-        pixels = image["height"] * image["width"]
+        mask = np.zeros((image["height"], image["width"]), bool)
         try:
-            return _region(instances.index, annotation, pixels) > 0
+            mask[_region(instances.index, annotation, mask.size) > 0] = True
         except Exception as error:  # pycocotools raises no narrower one
             raise InputError(
                 f"{self._file(name)}: annotation {annotation.get('id')} of {picture.id} cannot "
                 f"be drawn ({type(error).__name__}: {error}); restore the file"
             ) from error
+        return mask
 
     def _load(self, name: str) -> _Instances:
         if name not in self._instances:
