@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lpcam.data.coco import COCO
 from lpcam.data.voc import VOC
 from lpcam.evaluation.instances import region_entry
 from lpcam.stages.instance_scores import coco_results, instance_scores
 from lpcam.storage.records import Records
 from lpcam.storage.store import Stage
-from tests.data.trees import Sample, draw_samples, write_mask, write_voc
+from tests.data.trees import Sample, draw_samples, write_coco, write_mask, write_voc
 
 pytest.importorskip("pycocotools", reason="needs the extra 'coco'")
 NAMES = ("cat", "dog", "fox")
@@ -102,3 +103,49 @@ def test_masks_are_scored_without_what_nobody_knows(
     scores = instance_scores(tree, {"instances": {"train": stage}})
     assert scores["train/instances/mask_ap"] == pytest.approx(1)
     assert scores["train/instances/box_ap"] < 0.5
+
+
+def test_pycocotools_finds_the_same_in_the_files(tmp_path: Path, capsys) -> None:
+    """The results as they are written, read back beside COCO's own file, crowds and all."""
+    coco = pytest.importorskip("pycocotools.coco")
+    evaluation = pytest.importorskip("pycocotools.cocoeval")
+    drawn = draw_samples(NAMES, 9, 1)
+    write_coco(tmp_path, {"train": drawn}, {2: "cat", 13: "dog", 90: "fox"})
+    path = tmp_path / "annotations" / "instances_train2014.json"
+    content = json.loads(path.read_text())
+    for item in content["annotations"]:
+        corners = np.reshape(item["segmentation"], (-1, 2))
+        sides = np.ptp(corners, axis=0)
+        item |= {"bbox": [*corners.min(0).tolist(), *sides.tolist()], "area": int(sides.prod())}
+        item["id"] += 1
+    content["annotations"][3]["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    tree = COCO(tmp_path, tree_classes=NAMES, map_splits=["train"])
+    rng = np.random.default_rng(0)
+    entries = {}
+    for sample in drawn:
+        masks = [
+            np.roll(box_of(sample, at), rng.integers(-3, 4), 1) for at in range(len(sample.objects))
+        ]
+        masks.append(np.roll(masks[0], 9, 0))
+        entries[sample.id] = [
+            {
+                "label": int(rng.integers(3)) if rng.random() < 0.3 else NAMES.index(name),
+                "score": float(rng.random()),
+                **region_entry(mask),
+            }
+            for mask, (name, _) in zip(masks, [*sample.objects, sample.objects[0]], strict=True)
+        ]
+    stage = stage_of(tmp_path, entries)
+    scores = instance_scores(tree, {"instances": {"train": stage}})
+    (tmp_path / "results.json").write_text(json.dumps(coco_results(tree, "train", stage)))
+    truth = coco.COCO(str(path))
+    read = truth.loadRes(str(tmp_path / "results.json"))
+    for kind, name in (("segm", "mask"), ("bbox", "box")):
+        expected = evaluation.COCOeval(truth, read, kind)
+        expected.evaluate()
+        expected.accumulate()
+        expected.summarize()
+        for place, metric in enumerate(("ap", "ap50", "ap75")):
+            assert scores[f"train/instances/{name}_{metric}"] == expected.stats[place]
+    assert 0.05 < scores["train/instances/mask_ap"] < 0.95
