@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lpcam.data.dataset import Picture, SegmentationDataset, open_image
+from lpcam.data.dataset import Picture, SegmentationDataset, TrueInstances, open_image
 from lpcam.evaluation.instances import Entry, average_precision, region_entry, region_mask
 from lpcam.stages.instances import read_instances
 from lpcam.storage.store import Stage
@@ -40,10 +40,15 @@ def instance_scores(
         masks: list[Entry] = []
         unknown: dict[int | str, np.ndarray] = {}
         for picture in dataset.pictures(split):
-            true_masks = _true_masks(dataset, picture, unknown)
-            masks += true_masks
             boxes += _true_boxes(dataset, picture)
+            objects = dataset.instances(picture)
+            if objects is None:
+                continue
+            true_masks = _true_masks(dataset, picture, objects)
+            masks += true_masks
             boxes += [entry for entry in true_masks if entry["iscrowd"]]
+            if objects.unknown.any():
+                unknown[dataset.coco_ids(picture)[0]] = objects.unknown
         for name, by_split in found.items():
             results = coco_results(dataset, split, by_split[split])
             scores = {
@@ -79,15 +84,9 @@ def _true_boxes(dataset: SegmentationDataset, picture: Picture) -> list[Entry]:
 
 
 def _true_masks(
-    dataset: SegmentationDataset, picture: Picture, unknown: dict[int | str, np.ndarray]
+    dataset: SegmentationDataset, picture: Picture, objects: TrueInstances
 ) -> list[Entry]:
-    """The true objects that have masks; ``unknown`` gets the pixels that are nobody's for sure."""
     image_id, categories = dataset.coco_ids(picture)
-    objects = dataset.instances(picture)
-    if objects is None:
-        return []
-    if objects.unknown.any():
-        unknown[image_id] = objects.unknown
     return [
         {
             "image_id": image_id,
