@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import ndimage
 from torch import Tensor
 
 from lpcam.errors import InputError
@@ -81,6 +82,25 @@ def mask_overlay(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
     colours = np.array(palette(), np.float32).reshape(-1, 3)[mask] / 255
     opacity = np.where(mask > 0, 0.8, 0.0)[..., None]
     return (1 - opacity) * (0.78 + 0.22 * grey) + opacity * colours
+
+
+def instance_overlay(grey: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
+    """Lay single objects over a grey picture, as :func:`mask_overlay`, each in a colour of its own.
+
+    Args:
+        grey: Picture ``(H, W, 3)`` in 0..1.
+        masks: Where each object is ``(H, W)`` bool. They do not overlap.
+
+    Returns:
+        Colours ``(H, W, 3)``; where an object ends it is white.
+    """
+    numbers = np.zeros(grey.shape[:2], np.uint8)
+    for place, mask in enumerate(masks):
+        numbers[mask] = place % 254 + 1
+    colours = mask_overlay(grey, numbers)
+    ends = ndimage.maximum_filter(numbers, 5) != ndimage.minimum_filter(numbers, 5)
+    colours[ends & (numbers > 0)] = 1
+    return colours
 
 
 def draw_grid(

@@ -6,7 +6,14 @@ import torch
 from PIL import Image
 
 from lpcam.errors import InputError
-from lpcam.visualize import draw_grid, draw_prototypes, heat_overlay, overlay, to_pictures
+from lpcam.visualize import (
+    draw_grid,
+    draw_prototypes,
+    heat_overlay,
+    instance_overlay,
+    overlay,
+    to_pictures,
+)
 
 
 def test_pictures_come_back_from_normalised_tensors() -> None:
@@ -91,3 +98,17 @@ def test_prototypes_show_the_most_similar_pictures_first() -> None:
     assert corners[1][0] < corners[1][1]
     captions = [a.get_xlabel() for a in axes[:, 0]]
     assert captions == ["beak: cosine 0.75", "tail: cosine 0.50"]
+
+
+def test_each_instance_has_a_colour_and_a_white_end() -> None:
+    masks = np.zeros((2, 20, 30), bool)
+    masks[0, 4:16, 3:15] = True
+    masks[1, 4:16, 15:27] = True
+    shown = instance_overlay(np.full((20, 30, 3), 0.5, np.float32), masks)
+    inner = [shown[10, 8], shown[10, 20]]
+    assert np.abs(inner[0] - inner[1]).max() > 0.3
+    assert (shown[10, [3, 4, 13, 14, 15, 16, 26]] == 1).all()
+    assert (shown[:3] == shown[0, 0]).all()
+    assert shown[0, 0].max() < 1
+    nothing = instance_overlay(np.zeros((4, 5, 3), np.float32), [])
+    assert (nothing == nothing[0, 0]).all()

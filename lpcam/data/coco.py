@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from lpcam.data.dataset import (
     Classes,
     Picture,
     SegmentationDataset,
+    TrueInstances,
     keep_labelled,
     known_classes,
 )
@@ -111,14 +113,32 @@ class COCO(SegmentationDataset):
             label = instances.labels.get(annotation["category_id"])
             ignored = annotation.get("iscrowd") and self.crowd == "ignore"
             value = IGNORED if label is None or ignored else label + 1
-            try:
-                mask[_region(instances.index, annotation, mask.size) > 0] = value
-            except Exception as error:  # pycocotools raises no narrower one
-                raise InputError(
-                    f"{self._file(name)}: annotation {annotation.get('id')} of {picture.id} cannot "
-                    f"be drawn ({type(error).__name__}: {error}); restore the file"
-                ) from error
+            mask[self._draw(picture, annotation)] = value
         return mask
+
+    def instances(self, picture: Picture) -> TrueInstances:
+        """The annotated masks, those of crowds marked, whatever ``crowd`` says."""
+        instances = self._load(picture.path.parent.name)
+        image = instances.images[picture.path.name]
+        items = [
+            item
+            for item in instances.index.imgToAnns.get(image["id"], [])
+            if item["category_id"] in instances.labels
+        ]
+        return TrueInstances(
+            [instances.labels[item["category_id"]] for item in items],
+            [self._draw(picture, item) for item in items],
+            [bool(item.get("iscrowd")) for item in items],
+            np.zeros((image["height"], image["width"]), bool),
+        )
+
+    def coco_ids(self, picture: Picture) -> tuple[int, Sequence[int]]:  # noqa: D102 - inherited
+        instances = self._load(picture.path.parent.name)
+        categories = {label: category for category, label in instances.labels.items()}
+        return (
+            instances.images[picture.path.name]["id"],
+            [categories[label] for label in range(len(self.classes))],
+        )
 
     def boxes(self, picture: Picture) -> dict[int, list[Box]]:
         """The annotated boxes by class, those of crowds left out."""
@@ -162,6 +182,21 @@ class COCO(SegmentationDataset):
             for item in instances.index.imgToAnns.get(image["id"], [])
             if self.crowd != "background" or not item.get("iscrowd")
         ]
+
+    def _draw(self, picture: Picture, annotation: dict[str, Any]) -> np.ndarray:
+        """Where an annotation of a picture is, ``(H, W)`` bool."""
+        name = picture.path.parent.name
+        instances = self._load(name)
+        image = instances.images[picture.path.name]
+        mask = np.zeros((image["height"], image["width"]), bool)
+        try:
+            mask[_region(instances.index, annotation, mask.size) > 0] = True
+        except Exception as error:  # pycocotools raises no narrower one
+            raise InputError(
+                f"{self._file(name)}: annotation {annotation.get('id')} of {picture.id} cannot "
+                f"be drawn ({type(error).__name__}: {error}); restore the file"
+            ) from error
+        return mask
 
     def _load(self, name: str) -> _Instances:
         if name not in self._instances:

@@ -47,6 +47,23 @@ class Picture:
     mask_path: Path | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class TrueInstances:
+    """The annotated objects of a picture, for scoring only.
+
+    Attributes:
+        labels: Class index of each.
+        masks: Where each is ``(H, W)`` bool.
+        crowds: Whether each is a crowd: a region of more objects than anybody counted.
+        unknown: Pixels ``(H, W)`` bool of which nobody says whose they are.
+    """
+
+    labels: Sequence[int]
+    masks: Sequence[np.ndarray]
+    crowds: Sequence[bool]
+    unknown: np.ndarray
+
+
 class SegmentationDataset(ABC):
     """Pictures with image labels, and masks to score against.
 
@@ -217,6 +234,18 @@ class SegmentationDataset(ABC):
                 for y, x in parts
             ]
         return found
+
+    def instances(self, picture: Picture) -> TrueInstances | None:
+        """The true masks of a picture's objects of these classes, or None where nobody drew them.
+
+        Raises:
+            InputError: They cannot be read.
+        """
+        return None
+
+    def coco_ids(self, picture: Picture) -> tuple[int | str, Sequence[int]]:
+        """The picture and each of the classes as COCO's files call them."""
+        return picture.id, range(1, len(self.classes) + 1)
 
     def mask_digest(self, picture: Picture) -> str | None:
         """Hash of what :meth:`mask` gives, or None without a mask."""

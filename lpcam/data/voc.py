@@ -5,16 +5,20 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydantic
 
 from lpcam.data.dataset import (
+    IGNORED,
     Box,
     Classes,
     Picture,
     SegmentationDataset,
+    TrueInstances,
     keep_labelled,
     known_classes,
     open_image,
+    read_mask,
 )
 from lpcam.data.files import check_name, file_names, missing_files, read_lines
 from lpcam.errors import InputError
@@ -30,7 +34,8 @@ CLASSES = (
 class VOC(SegmentationDataset):
     """A tree of JPEGImages, Annotations, SegmentationClass and ImageSets/Segmentation.
 
-    Image labels come from the annotation files alone. A split is a list in
+    SegmentationObject, where it is there too, has the masks of objects. Image labels come from the
+    annotation files alone. A split is a list in
     ImageSets/Segmentation; pictures of ``test`` have no labels, for VOC keeps them to itself. The
     masks of ``train_aug`` come from SegmentationClassAug where that has them.
 
@@ -158,6 +163,31 @@ class VOC(SegmentationDataset):
                 box = ((left - 1) / width, (top - 1) / height, right / width, bottom / height)
                 found.setdefault(self.classes.index(name), []).append(box)
         return found
+
+    def instances(self, picture: Picture) -> TrueInstances | None:
+        """The objects of ``SegmentationObject/<id>.png``, whose classes SegmentationClass tells.
+
+        Raises:
+            InputError: A mask cannot be read, or the two differ in size.
+        """
+        path = self.root / "SegmentationObject" / f"{picture.id}.png"
+        classes = self.mask(picture)
+        if classes is None or not path.is_file():
+            return None
+        objects = read_mask(path, IGNORED - 1)
+        if objects.shape != classes.shape:
+            raise InputError(
+                f"{path}: {objects.shape[1]}x{objects.shape[0]} pixels, {picture.mask_path} has "
+                f"{classes.shape[1]}x{classes.shape[0]}; restore both"
+            )
+        labels, masks = [], []
+        for number in np.unique(objects[(objects > 0) & (objects != IGNORED)]).tolist():
+            mask = objects == number
+            value = int(np.bincount(classes[mask]).argmax())
+            if value not in (0, IGNORED):  # which the classes that are not chosen are
+                labels.append(value - 1)
+                masks.append(mask)
+        return TrueInstances(labels, masks, [False] * len(masks), objects == IGNORED)
 
     def _objects(self, path: Path) -> list[ElementTree.Element]:
         """The objects of an annotation file that give labels."""

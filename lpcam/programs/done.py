@@ -124,11 +124,15 @@ def _files(value: Any) -> Iterator[Path]:
         yield from (file for file in found if file.is_file())
 
 
+def _written(output: Path) -> list[Path]:
+    """The files that a run may write beside its folders, those that are there."""
+    named = (output / name for name in FILES)
+    return [*(path for path in named if path.is_file()), *sorted(output.glob("instances_*.json"))]
+
+
 def _outputs(output: Path) -> dict[str, int | str]:
     """What lies in a run's folder: the number of files in a folder, or the hash of a file."""
-    found: dict[str, int | str] = {
-        name: file_digest(output / name) for name in FILES if (output / name).is_file()
-    }
+    found: dict[str, int | str] = {path.name: file_digest(path) for path in _written(output)}
     for name, suffix in FOLDERS.items():
         if (output / name).is_dir():
             found[name] = sum(path.suffix == suffix for path in (output / name).iterdir())
@@ -153,8 +157,8 @@ def clear(output: Path) -> None:
     for name, suffix in FOLDERS.items():
         for path in (output / name).glob(f"*{suffix}"):
             path.unlink()
-    for name in FILES:
-        (output / name).unlink(missing_ok=True)
+    for path in _written(output):
+        path.unlink()
 
 
 def write_done(

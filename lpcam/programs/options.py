@@ -29,6 +29,7 @@ class Options:
         num_workers: Processes that decode pictures; None for as many as the machine has use for.
         ckpt: A classifier's checkpoint, or the file of a segmentation network.
         localisation: Score maps as localisation too.
+        instances: Tell the objects of a class apart, with displacements that a refiner learns.
         masks: What a segmentation network learns from.
         report: Write the report; None for not in a sweep.
         shown_pictures: Ids of pictures to show in every run.
@@ -42,6 +43,7 @@ class Options:
     num_workers: Annotated[int, Field(ge=0, le=256)] | None = None
     ckpt: Text | None = None
     localisation: bool = False
+    instances: bool = False
     masks: Text | None = None
     report: bool | None = None
     shown_pictures: Names | None = None

@@ -1,6 +1,7 @@
 """What a run puts into its own folder and into its log."""
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from lpcam.seeds.masks import mark_unsure, seed_mask
 from lpcam.seeds.palette import save_mask
 from lpcam.seeds.record import read_seed
 from lpcam.stages.features import read_features
+from lpcam.stages.instance_scores import coco_results
+from lpcam.stages.instances import instance_masks
 from lpcam.storage.files import write_atomically, write_json
 from lpcam.storage.hashing import tensors_digest
 from lpcam.storage.parallel import for_each
@@ -32,7 +35,7 @@ PROTOTYPES, METRICS = "prototypes.safetensors", "metrics.json"
 
 
 def save(output: Path, cfg: DictConfig, run: Run, results: Results) -> None:
-    """Write config, metrics, prototypes, maps and masks.
+    """Write config, metrics, prototypes, maps, masks and instances.
 
     Args:
         output: The run's folder.
@@ -56,6 +59,9 @@ def save(output: Path, cfg: DictConfig, run: Run, results: Results) -> None:
             background,
             cfg.thresholds.unsure_band,
         )
+    for split, stage in results.instances.items():
+        found = coco_results(run.dataset, split, stage)
+        write_atomically(output / f"instances_{split}.json", json.dumps(found))
 
 
 def _save_maps(
@@ -96,7 +102,8 @@ def _save_maps(
 
 def report(output: Path, cfg: DictConfig, run: Run, results: Results) -> None:
     """Write ``report.html`` and ``figures/*.png``; arguments as for :func:`save`."""
-    dataset = run.dataset
+    dataset, split = run.dataset, run.dataset.map_splits[-1]
+    units = results.instances.get(split)
     write_report(
         output / "report.html",
         title=f"LPCAM on {cfg.dataset._target_.split('.')[-1]}",
@@ -108,7 +115,8 @@ def report(output: Path, cfg: DictConfig, run: Run, results: Results) -> None:
         threshold=results.backgrounds["lpcam"],
         prototypes=_prototype_views(run),
         seconds={name: stage.manifest["seconds"] for name, stage in results.stages.items()},
-        gallery_split=dataset.map_splits[-1],
+        gallery_split=split,
+        instances=functools.partial(instance_masks, units) if units else None,
     )
 
 

@@ -9,6 +9,8 @@ from typing import Literal
 import pydantic
 from omegaconf import DictConfig, OmegaConf
 
+from lpcam.errors import InputError
+from lpcam.evaluation.instances import coco_tools
 from lpcam.evaluation.segmentation import SegmentationResult
 from lpcam.models.host import Host
 from lpcam.programs.build import build, settings, trainer_maker
@@ -20,6 +22,7 @@ from lpcam.prototypes.maps import MapSetting, lpcam_setting
 from lpcam.prototypes.prototype_set import Prototypes
 from lpcam.prototypes.selection import Selection, select
 from lpcam.refiners.base import Refiner, TrainedRefiner
+from lpcam.refiners.irn import IRN
 from lpcam.reporting.scores import Method
 from lpcam.reporting.shown import choose_pictures
 from lpcam.settings import CHECKED, Share
@@ -27,8 +30,10 @@ from lpcam.stages import backgrounds as background_stage
 from lpcam.stages import centers as center_stage
 from lpcam.stages import maps as map_stage
 from lpcam.stages.features import FeatureLimit, features
+from lpcam.stages.instance_scores import instance_scores
+from lpcam.stages.instances import components, instances
 from lpcam.stages.localisation import localisation
-from lpcam.stages.refined import refined
+from lpcam.stages.refined import refined, trained_refiner
 from lpcam.stages.scores import scores
 from lpcam.storage.hashing import digest
 from lpcam.storage.ranks import agree, is_main_process
@@ -46,6 +51,7 @@ class Results:
         backgrounds: The background score of each one's masks.
         methods: What is compared, by the same names, the baseline first.
         stages: Every stage by what the report calls it.
+        instances: Those of instances by split; none where they are not wanted.
     """
 
     maps: Mapping[str, Mapping[str, Stage]]
@@ -54,6 +60,7 @@ class Results:
     backgrounds: Mapping[str, float]
     methods: Mapping[str, Method]
     stages: Mapping[str, Stage]
+    instances: Mapping[str, Stage]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
@@ -106,6 +113,13 @@ class Run:
         self.make_trainer = trainer_maker(cfg.trainer)
         # What is wrong with its settings is told now, even where one of them is found later.
         self.refiner = self._refiner(0.5)
+        self.instances = chosen.instances
+        if self.instances:
+            if not isinstance(self.refiner, IRN):
+                raise InputError(
+                    "instances=true: needs displacements, which only IRN learns; add refiner=irn"
+                )
+            coco_tools()
         self.trained = trained(cfg, overrides)
         self.dataset = self.trained.dataset
         self.host: Host = self.trained.host
@@ -262,33 +276,48 @@ class Run:
         train = self.dataset.train_split
         return train if train in by_split else next(iter(by_split))
 
+    def _learnt(self, maps: Mapping[str, Stage]) -> Stage | None:
+        """What the refiner learnt from its maps, if it is one that learns."""
+        if not isinstance(self.refiner, TrainedRefiner):
+            return None
+        return trained_refiner(
+            self.store,
+            self.make_trainer,
+            self.host,
+            self.refiner,
+            self.dataset,
+            maps[self.dataset.train_split],
+            seed=self.cfg.seed,
+            num_workers=self.cfg.num_workers,
+        )
+
     def results(self) -> Results:
         """Run every stage that is not done; what is refined and scored belongs to one process."""
         maps = self.maps(self.settings)
         backgrounds = self.backgrounds(maps)
+        objects: dict[str, dict[str, Stage]] = {}
         if self.refiner:
             self.refiner = self._refiner(backgrounds[self.refiner.source]) or self.refiner
-            found = refined(
-                self.store,
-                self.make_trainer,
-                self.host,
-                self.refiner,
-                self.dataset,
-                maps[self.refiner.source],
-                seed=self.cfg.seed,
-                num_workers=self.cfg.num_workers,
-            )
+            source = maps[self.refiner.source]
+            learnt = self._learnt(source)
+            found = refined(self.store, self.host, self.refiner, learnt, self.dataset, source)
             if found:
                 maps["refined"] = found
                 backgrounds["refined"] = self.refiner.background
                 if self.refiner.rule_of_thumb:
                     split = self._choosing_split(found)
                     backgrounds["refined"] = background_stage.matched_background(
-                        maps[self.refiner.source][split],
+                        source[split],
                         found[split],
                         self.dataset.pictures(split),
                         backgrounds[self.refiner.source],
                     )
+                if self.instances and learnt and isinstance(self.refiner, IRN):
+                    place = (self.store, self.dataset, found, backgrounds["refined"])
+                    objects["instances"] = instances(
+                        *place, source, self.host, self.refiner, learnt
+                    )
+                    objects["components"] = components(*place)
         scored = scores(self.store, maps, self.dataset)
         metrics = {
             f"{split}/{name}/{key}": value
@@ -298,6 +327,8 @@ class Run:
         }
         if self.localisation:
             metrics |= localisation(self.store, maps, self.dataset)
+        if objects:
+            metrics |= instance_scores(self.dataset, objects)
         for split in self.dataset.map_splits:
             if skipped := self.dataset.skipped.get(split):
                 metrics[f"{split}/skipped"] = len(skipped)
@@ -310,6 +341,8 @@ class Run:
             for name, title in self.titles.items()
         }
         stages = {"features": self.features, "clustering": self._clustered[0]}
-        for name, by_split in maps.items():
+        for name, by_split in {**maps, **objects}.items():
             stages |= {f"{name} of {split}": stage for split, stage in by_split.items()}
-        return Results(maps, scored, metrics, backgrounds, methods, stages)
+        return Results(
+            maps, scored, metrics, backgrounds, methods, stages, objects.get("instances", {})
+        )

@@ -1,7 +1,7 @@
 """Pictures that gain and lose the most between two methods, and what to show of each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,18 @@ from lpcam.reporting.figures import styled
 from lpcam.reporting.scores import Method
 from lpcam.seeds.masks import seed_mask
 from lpcam.storage.parallel import for_each
-from lpcam.visualize import HEAT_MAP, draw_grid, heat_overlay, mask_overlay, to_grey, to_image
+from lpcam.visualize import (
+    HEAT_MAP,
+    draw_grid,
+    heat_overlay,
+    instance_overlay,
+    mask_overlay,
+    to_grey,
+    to_image,
+)
 
 PANEL_SIDE = 320
+Instances = Callable[[Picture], Sequence[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ def panels(
     methods: Sequence[Method],
     split: str,
     threshold: float,
+    instances: Instances | None = None,
 ) -> list[tuple[str, Image.Image]]:
     """What to show of a picture, each with its title, at most 320 pixels a side.
 
@@ -125,9 +135,10 @@ def panels(
             best threshold.
         split: Which split the picture is of.
         threshold: Background score of the masks where the split has no scores.
+        instances: Gives the instances found in a picture, if they are wanted.
 
     Returns:
-        The picture, a heat map a method, the truth if there is one, a mask a method.
+        The picture, a heat map a method, the truth if there is one, a mask a method, the instances.
     """
     image = open_image(picture.path).convert("RGB")
     grey = to_grey(image)
@@ -144,6 +155,8 @@ def panels(
     result = [("picture", image)]
     for title, pixels in (*heats, *shown, *masks):
         result.append((title, to_image(pixels)))
+    if instances:
+        result.append(("instances", to_image(instance_overlay(grey, instances(picture)))))
     for _, panel in result:
         panel.thumbnail((PANEL_SIDE, PANEL_SIDE))
     return result

@@ -17,6 +17,7 @@ from lpcam.reporting.figures import (
 )
 from lpcam.reporting.gallery import (
     Example,
+    Instances,
     caption,
     choose,
     compare,
@@ -47,6 +48,7 @@ def write_report(
     seconds: Mapping[str, float],
     gallery_split: str,
     gallery_size: int = 6,
+    instances: Instances | None = None,
 ) -> None:
     """Write the report and, beside it, ``figures/*.png``.
 
@@ -67,6 +69,7 @@ def write_report(
         seconds: How long each stage took.
         gallery_split: The split whose pictures are shown.
         gallery_size: At most so many gains, and so many losses.
+        instances: Gives the instances found in a picture, if they are wanted.
     """
     classes, pair, pictures = dataset.classes, methods[:2], splits[gallery_split]
     scored = [split for split in splits if all(split in method.results for method in methods)]
@@ -76,7 +79,7 @@ def write_report(
         chosen = {"Pictures": [Example(picture) for picture in pictures[:gallery_size]]}
     gallery = {
         heading: [
-            (example, panels(dataset, example.picture, pair, gallery_split, threshold))
+            (example, panels(dataset, example.picture, pair, gallery_split, threshold, instances))
             for example in group
         ]
         for heading, group in chosen.items()

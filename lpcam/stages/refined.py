@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -19,18 +18,18 @@ from lpcam.storage.records import Records
 from lpcam.storage.store import Stage
 
 
-def refined(
+def trained_refiner(
     store: Path,
     make_trainer: MakeTrainer,
     host: Host,
-    refiner: Refiner,
+    refiner: TrainedRefiner,
     dataset: SegmentationDataset,
-    found: Mapping[str, Stage],
+    maps: Stage,
     *,
     seed: int,
     num_workers: int | None,
-) -> dict[str, Stage]:
-    """Refined maps of every split, after training the refiner if it is a trained one.
+) -> Stage:
+    """Train a refiner.
 
     Args:
         store: The store's folder.
@@ -38,41 +37,68 @@ def refined(
         host: The trained host; its backbone serves the refiner too.
         refiner: The refiner.
         dataset: The data.
-        found: The maps to refine by split; for a trained refiner those of the training split too.
-        seed: Of the random numbers that a refiner is trained with.
+        maps: The maps of the training split.
+        seed: Of the random numbers that it is trained with.
         num_workers: Processes that decode pictures.
 
     Returns:
-        A stage a split: seed records.
+        A stage with what the refiner loads.
     """
-    stages = {}
-    common: dict[str, Any] = {}
-    train_split = dataset.train_split
-    if isinstance(refiner, TrainedRefiner):
-        pictures = dataset.pictures(train_split)
-        inputs = {
-            "backbone": host.backbone.fingerprint,
-            "precision": host.precision,
-            "maps": found[train_split].key,
-            "pictures": fingerprint(pictures),
-            "settings": dict(refiner.training_inputs()),
-            "seed": seed,
-        }
-        trained = Stage(store, f"{type(refiner).__name__.lower()}_network", inputs)
-        with trained.build(resume=True, together=True) as folder:
-            if folder:
-                pl.seed_everything(seed, verbose=False)
-                refiner.fit(
-                    folder,
-                    pictures,
-                    partial(_read_seed, found[train_split].records),
-                    host.backbone,
-                    make_trainer,
-                    num_workers=num_workers,
-                )
-        common["trained"] = trained.key
+    pictures = dataset.pictures(dataset.train_split)
+    inputs = {
+        "backbone": host.backbone.fingerprint,
+        "precision": host.precision,
+        "maps": maps.key,
+        "pictures": fingerprint(pictures),
+        "settings": dict(refiner.training_inputs()),
+        "seed": seed,
+    }
+    stage = Stage(store, f"{type(refiner).__name__.lower()}_network", inputs)
+    with stage.build(resume=True, together=True) as folder:
+        if folder:
+            pl.seed_everything(seed, verbose=False)
+            refiner.fit(
+                folder,
+                pictures,
+                partial(_read_seed, maps.records),
+                host.backbone,
+                make_trainer,
+                num_workers=num_workers,
+            )
+    return stage
+
+
+def load_trained(refiner: TrainedRefiner, trained: Stage, host: Host) -> None:
+    """Read what :func:`trained_refiner` left."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    refiner.load(trained.folder, host.backbone, device)
+
+
+def refined(
+    store: Path,
+    host: Host,
+    refiner: Refiner,
+    trained: Stage | None,
+    dataset: SegmentationDataset,
+    found: Mapping[str, Stage],
+) -> dict[str, Stage]:
+    """Refined maps of every split.
+
+    Args:
+        store: The store's folder.
+        host: The trained host.
+        refiner: The refiner.
+        trained: For a trained refiner what :func:`trained_refiner` gave.
+        dataset: The data.
+        found: The maps to refine by split.
+
+    Returns:
+        A stage a split: seed records. Only the main process makes them.
+    """
     if not is_main_process():
         return {}
+    stages = {}
+    common = {"trained": trained.key} if trained else {}
     for split in dataset.map_splits:
         pictures = dataset.pictures(split)
         stage = Stage(
@@ -89,9 +115,8 @@ def refined(
         with stage.build(resume=True) as folder:
             if not folder:
                 continue
-            if isinstance(refiner, TrainedRefiner):
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-                refiner.load(trained.folder, host.backbone, device)
+            if trained and isinstance(refiner, TrainedRefiner):
+                load_trained(refiner, trained, host)
             refine = partial(_refine, refiner, found[split].records, Records(folder))
             for_each(refine, pictures, f"Refining {split}")
     return stages

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 from lpcam.prototypes.prototype_set import Prototypes
 from tests.conftest import ROOT, TINY, TINY_INFER, TINY_TRAIN, at, unpacked
@@ -411,3 +412,62 @@ def test_help_answers_without_heavy_imports() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "cutouts" in done.stdout
+
+
+IRN = ("refiner=irn", "refiner.epochs=1", "refiner.crop=96", "instances=true")
+
+
+def test_instances_are_found_and_scored_if_wanted(program, copied: Path) -> None:
+    coco = pytest.importorskip("pycocotools.coco", reason="needs the extra 'coco'")
+    (tree,) = copied.glob("data/shapes/seed0-*[0-9a-f]")
+    (tree / "SegmentationObject").mkdir()
+    for path in (tree / "SegmentationClass").glob("val_*.png"):  # no two touch in one class
+        parts, _ = ndimage.label(np.asarray(Image.open(path)))
+        Image.fromarray(parts.astype(np.uint8)).save(tree / "SegmentationObject" / path.name)
+    run = (*TINY, *TINY_INFER, *IRN)
+    outcome = program("infer", *run, *at(copied))
+    assert outcome.status == 0, outcome.stderr
+    found = metrics(copied, "run")
+    kinds = [f"{kind}_{metric}" for kind in ("box", "mask") for metric in ("ap", "ap50", "ap75")]
+    for name in ("instances", "components"):
+        scored = {key.removeprefix(f"val/{name}/") for key in found if f"val/{name}/" in key}
+        assert scored == set(kinds)
+        assert f"train/{name}/box_ap" in found
+        assert f"train/{name}/mask_ap" not in found
+
+    results = json.loads((copied / "run" / "instances_val.json").read_text())
+    assert all(0 < entry["score"] <= 1 for entry in results)
+    order = [(entry["image_id"], -entry["score"]) for entry in results]
+    assert order == sorted(order)
+    truth = coco.COCO()
+    truth.dataset = {
+        "images": [{"id": name, "height": 1, "width": 1} for name in {i for i, _ in order}],
+        "categories": [{"id": category} for category in range(1, 5)],
+        "annotations": [],
+    }
+    truth.createIndex()
+    read = truth.loadRes(results)
+    for entry in read.dataset["annotations"]:
+        mask = read.annToMask(entry)
+        rows, columns = np.nonzero(mask)
+        left, top, width, height = entry["bbox"]
+        assert (left, top) == (columns.min(), rows.min())
+        assert (left + width, top + height) == (columns.max() + 1, rows.max() + 1)
+
+    assert "instances of val_00001" in (copied / "run" / "report.html").read_text()
+    before = (copied / "run" / "instances_val.json").read_bytes()
+    assert "Already done" in program("infer", *run, *at(copied)).stdout
+    (copied / "run" / "instances_val.json").unlink()
+    shutil.rmtree(copied / "store" / "instances")
+    assert "Already done" not in program("infer", *run, *at(copied)).stdout
+    assert (copied / "run" / "instances_val.json").read_bytes() == before
+
+
+def test_instances_need_what_irn_learns(program, copied: Path) -> None:
+    run = (*TINY, *TINY_INFER, "instances=true", *at(copied))
+    for options in (["refiner=par"], []):
+        outcome = program("infer", *run, *options)
+        assert outcome.status == 1
+        assert outcome.stderr.splitlines()[-1].endswith(
+            "instances=true: needs displacements, which only IRN learns; add refiner=irn"
+        )

@@ -12,6 +12,7 @@ from lpcam.data.transforms import normalize
 from lpcam.errors import InputError
 from lpcam.models.backbones import Backbone
 from lpcam.refiners.heads import Exponent, HeadRefiner, Radius, resize
+from lpcam.refiners.irn.instances import divide_maps, group_cells
 from lpcam.refiners.irn.training import RelationTraining
 from lpcam.refiners.labels import relation_labels
 from lpcam.refiners.random_walk import random_walk
@@ -137,11 +138,48 @@ class IRN(HeadRefiner):
         plain, mirrored = head.edge(backbone.stages(both), grid)
         return ((plain + mirrored.flip(1)) / 2).sigmoid()
 
+    @torch.inference_mode()
+    def displacement(self, image: Image.Image) -> Tensor:
+        """Displacements of a picture's stride-4 grid ``(2, h, w)``, of which differences count."""
+        head, backbone = self._trained.head, self._trained.backbone
+        pixels = normalize(image, backbone.mean, backbone.std).to(head.edge_out.weight)
+        grid = grid_size((image.height, image.width))
+        return head.displacement(backbone.stages(pixels[None]), grid)[0].cpu()
+
     def refine(self, image_id: str, image: Image.Image, seed: SeedRecord) -> SeedRecord:  # noqa: D102 - inherited
         if not len(seed.keys):
             return seed
+        return SeedRecord(seed.keys, self._walk(self._maps(seed), image), seed.size)
+
+    def instances(
+        self, image: Image.Image, seed: SeedRecord, mean: Tensor, background: float
+    ) -> SeedRecord:
+        """Refine the maps of one picture, those of each of its objects by themselves.
+
+        Args:
+            image: The picture.
+            seed: Its maps.
+            mean: Mean displacement ``(2,)`` of the training pictures.
+            background: The score that a class has to exceed; groups of cells where its map does
+                nowhere are left out.
+
+        Returns:
+            Scores as :meth:`refine` gives them, a map an object: a class stands among the keys as
+            often as it has objects.
+        """
+        groups = group_cells(self.displacement(image) - mean[:, None, None])
+        owners, parts = divide_maps(self._maps(seed), groups, background)
+        if not owners:
+            return SeedRecord(seed.keys[:0], seed.maps[:0], seed.size)
+        return SeedRecord(seed.keys[owners], self._walk(parts, image), seed.size)
+
+    def _maps(self, seed: SeedRecord) -> Tensor:
+        """The maps that the walk starts from."""
         maps = torch.from_numpy(seed.maps.astype(np.float32))
-        maps = resize(maps[None], grid_size(seed.size))[0] ** self.power
+        return resize(maps[None], grid_size(seed.size))[0] ** self.power
+
+    def _walk(self, maps: Tensor, image: Image.Image) -> np.ndarray:
+        """Scores in 0..1, half precision, of at least one map."""
         walked = random_walk(
             maps,
             self.edge(image).cpu(),
@@ -151,5 +189,4 @@ class IRN(HeadRefiner):
         )
         # One maximum for all classes: which of them is strongest stays as it is.
         highest = walked.max()
-        scores = walked / highest if highest > 0 else walked
-        return SeedRecord(seed.keys, scores.half().numpy(), seed.size)
+        return (walked / highest if highest > 0 else walked).half().numpy()
