@@ -182,7 +182,9 @@ def propagate(
 
 
 def resize(maps: Tensor, size: Sequence[int], *, antialias: bool = False) -> Tensor:
-    """Bring maps ``(..., N, H, W)`` to another size, bilinear."""
+    """Bring maps ``(..., N, H, W)`` to another size, bilinear; those of that size stay."""
+    if maps.shape[-2:] == torch.Size(size):
+        return maps
     whole = F.interpolate(
         maps.reshape(-1, *maps.shape[-3:]), list(size), mode="bilinear", antialias=antialias
     )

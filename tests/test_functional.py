@@ -11,6 +11,7 @@ from lpcam.functional import (
     local_prototype_map,
     normalize_maps,
     prototype_directions,
+    resize,
 )
 from tests.oracles import activation
 
@@ -135,3 +136,10 @@ def test_normalize_maps_removes_the_scale(seed: int, factor: float) -> None:
     torch.testing.assert_close(
         normalize_maps(maps * factor), normalize_maps(maps), atol=2e-5, rtol=0
     )
+
+
+def test_resize_leaves_what_fits() -> None:
+    features = torch.rand(1, 2, 3, 4)
+    assert resize(features, (3, 4)) is features
+    assert resize(features, (5, 9)).shape == (1, 2, 5, 9)
+    torch.testing.assert_close(resize(features[0], (5, 9)), resize(features, (5, 9))[0])

@@ -15,7 +15,6 @@ import numpy as np
 import pydantic
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field
 from safetensors.torch import load_file, save
@@ -312,10 +311,3 @@ def stage_channels(backbone: Backbone) -> list[int]:
     device = next(backbone.parameters()).device
     with torch.no_grad():
         return [f.shape[1] for f in backbone.stages(torch.zeros(1, 3, 96, 96, device=device))]
-
-
-def resize(features: Tensor, grid: Sequence[int]) -> Tensor:
-    """Bring features ``(B, D, h, w)`` to another grid, bilinear."""
-    if features.shape[2:] == torch.Size(grid):
-        return features
-    return F.interpolate(features, tuple(grid), mode="bilinear", align_corners=False)

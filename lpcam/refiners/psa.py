@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lpcam.data.transforms import normalize
 from lpcam.errors import InputError
+from lpcam.functional import resize
 from lpcam.models.backbones import Backbone
 from lpcam.refiners.crf import equal_power
 from lpcam.refiners.heads import (
@@ -25,7 +26,6 @@ from lpcam.refiners.heads import (
     HeadTraining,
     Radius,
     Steps,
-    resize,
     stage_channels,
 )
 from lpcam.refiners.labels import affinity_labels, background_score, cell_means
@@ -219,7 +219,7 @@ class PSA(HeadRefiner):
         walked = propagate(
             scores, self.affinity(image).cpu(), radius=self.radius, beta=self.beta, steps=self.steps
         )
-        walked = resize(walked[None], grid_size(seed.size))[0].clamp_min(0)
+        walked = resize(walked, grid_size(seed.size)).clamp_min(0)
         background, classes = walked[:1], walked[1:]
         shares = classes / (background + classes).clamp_min(1e-12)
         return SeedRecord(seed.keys, shares.half().numpy(), seed.size)

@@ -8,7 +8,7 @@ from PIL import Image
 from lpcam.data.crops import RandomCrop, by_factor
 from lpcam.data.dataset import Picture
 from lpcam.errors import InputError
-from lpcam.refiners.heads import HeadRefiner, LabelledCrops, load_head, resize, save_head
+from lpcam.refiners.heads import HeadRefiner, LabelledCrops, load_head, save_head
 from lpcam.refiners.irn import IRN
 from lpcam.refiners.psa import PSA
 
@@ -112,9 +112,3 @@ def test_weights_come_back(tmp_path: Path) -> None:
     (tmp_path / "heads.safetensors").write_bytes(b"cut")
     with pytest.raises(InputError, match="delete"):
         load_head(tmp_path, second)
-
-
-def test_resize_leaves_what_fits() -> None:
-    features = torch.rand(1, 2, 3, 4)
-    assert resize(features, (3, 4)) is features
-    assert resize(features, (5, 9)).shape == (1, 2, 5, 9)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lpcam.refiners.heads import resize
+from lpcam.functional import resize
 
 
 class RelationNetwork(nn.Module):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lpcam.data.transforms import normalize
 from lpcam.errors import InputError
+from lpcam.functional import resize
 from lpcam.models.backbones import Backbone
-from lpcam.refiners.heads import Exponent, HeadRefiner, Radius, resize
+from lpcam.refiners.heads import Exponent, HeadRefiner, Radius
 from lpcam.refiners.irn.instances import divide_maps, group_cells
 from lpcam.refiners.irn.training import RelationTraining
 from lpcam.refiners.labels import relation_labels
@@ -176,7 +177,7 @@ class IRN(HeadRefiner):
     def _maps(self, seed: SeedRecord) -> Tensor:
         """The maps that the walk starts from."""
         maps = torch.from_numpy(seed.maps.astype(np.float32))
-        return resize(maps[None], grid_size(seed.size))[0] ** self.power
+        return resize(maps, grid_size(seed.size)) ** self.power
 
     def _walk(self, maps: Tensor, image: Image.Image) -> np.ndarray:
         """Scores in 0..1, half precision, of at least one map."""
