@@ -1,6 +1,6 @@
 """What each factor of MCTformer's maps scores on val, and where its patches look.
 
-python experiments/mctformer_factors.py dataset=shapes classifier=mctformer_small
+python experiments/mctformer_factors.py dataset=shapes dataset.train=1000 classifier=mctformer_small
 
 Takes the classifier that train.py left for the same overrides. Pictures at their own size, not
 mirrored; mIoU at each map's best threshold.

@@ -76,7 +76,7 @@ def fused_maps(attention: Tensor, patch_maps: Tensor, variant: str) -> Tensor:
     return product.sqrt() if variant == "plus" else product
 
 
-def refined_maps(maps: Tensor, affinity: Tensor) -> Tensor:
+def refined_maps(maps: Tensor, affinity: Tensor | None) -> Tensor:
     """Each patch takes what the patches that it looks at have; the lowest value becomes 0.
 
     Every patch looks at every other a little, so there would be no zero left. The published code
@@ -84,13 +84,14 @@ def refined_maps(maps: Tensor, affinity: Tensor) -> Tensor:
 
     Args:
         maps: Maps ``(..., P, h, w)``.
-        affinity: Attention of patches to patches ``(..., N, N)``.
+        affinity: Attention of patches to patches ``(..., N, N)``; None if each keeps what it has.
 
     Returns:
         ``(..., P, h, w)``.
     """
-    spread = (maps.flatten(-2) @ affinity.to(maps).mT).unflatten(-1, maps.shape[-2:])
-    return spread - spread.amin((-2, -1), keepdim=True)
+    if affinity is not None:
+        maps = (maps.flatten(-2) @ affinity.to(maps).mT).unflatten(-1, maps.shape[-2:])
+    return maps - maps.amin((-2, -1), keepdim=True)
 
 
 class MCTformer(Host):
@@ -102,6 +103,7 @@ class MCTformer(Host):
 
     Its own maps are, refined by the attention of patches to patches over all layers, what the class
     tokens of the last layers look at (V1), or that times the patch head's rectified map (V2, plus).
+    The published code refines where ``--patch-attn-refine`` is given, as its scripts do.
     LPCAM on the patch tokens takes the place of the patch head's map.
 
     V1 has no patch head. One is trained beside it on tokens that it does not change, since
@@ -112,6 +114,7 @@ class MCTformer(Host):
         num_classes: Number of classes C.
         variant: ``v1``, ``v2`` or ``plus``.
         attention_layers: How many of the last layers the attention of class tokens is taken from.
+        refine: Whether maps are refined, see :func:`refined_maps`.
         rank_decay: See :func:`rank_weighted_mean`; of ``plus``.
         lr: Learning rate after the warm-up.
         warm_up_epochs: Epochs in which it rises.
@@ -134,6 +137,7 @@ class MCTformer(Host):
         *,
         variant: Literal["v1", "v2", "plus"] = "v2",
         attention_layers: Count = 3,
+        refine: bool = True,
         rank_decay: Share = 0.996,
         lr: Rate = 6.25e-5,
         warm_up_epochs: Annotated[float, Field(ge=0)] = 5.0,
@@ -203,9 +207,10 @@ class MCTformer(Host):
 
     @property
     def score_key(self) -> str:
-        """Hash of the patch head, the variant and the layers."""
+        """Hash of the patch head, the variant, the layers and whether maps are refined."""
         hp: Any = self.hparams
-        return digest([self.variant, hp.attention_layers, tensors_digest(self.head.state_dict())])
+        head = tensors_digest(self.head.state_dict())
+        return digest([self.variant, hp.attention_layers, hp.refine, head])
 
     def predict_step(self, batch: ViewBatch, batch_idx: int) -> list[HostViews]:
         """Patch tokens, own maps and attention of every scale.
@@ -232,7 +237,7 @@ class MCTformer(Host):
         attention, affinity = self._parts(views.extra)
         return torch.stack(
             [
-                refined_maps(fused_maps(seen[:, classes], maps, self.variant), spread)
+                self._refined(fused_maps(seen[:, classes], maps, self.variant), spread)
                 for seen, spread in zip(attention, affinity, strict=True)
             ]
         ).sum(0)
@@ -308,7 +313,11 @@ class MCTformer(Host):
         attention, affinity = self._parts(extra)
         if self.variant != "v1":
             attention = fused_maps(attention, self.own_maps(features), self.variant)
-        return features, refined_maps(attention, affinity), extra
+        return features, self._refined(attention, affinity), extra
+
+    def _refined(self, maps: Tensor, affinity: Tensor) -> Tensor:
+        hp: Any = self.hparams
+        return refined_maps(maps, affinity if hp.refine else None)
 
     def _parts(self, extra: Tensor) -> tuple[Tensor, Tensor]:
         """Attention of class tokens ``(..., C, h, w)`` and of patches ``(..., N, N)``."""

@@ -87,10 +87,13 @@ def head_maps(host: MCTformer, features: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("dtype", "atol"), PRECISIONS)
+@pytest.mark.parametrize("refine", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_maps_and_lpcams_place_in_them(variant: str, dtype: torch.dtype, atol: float) -> None:
-    host = make_host(variant).to(dtype)
+def test_maps_and_lpcams_place_in_them(
+    variant: str, refine: bool, dtype: torch.dtype, atol: float
+) -> None:
+    host = make_host(variant, refine=refine).to(dtype)
     images = torch.randn(2, 3, HEIGHT, WIDTH, dtype=dtype)
 
     (views,) = host.predict_step(batch_of(images, flip=True), 0)
@@ -109,7 +112,7 @@ def test_maps_and_lpcams_place_in_them(variant: str, dtype: torch.dtype, atol: f
             patch_maps = head_maps(host, features).clip(0)
             if variant == "v1":
                 patch_maps = np.ones_like(patch_maps)
-            own = oracle.maps(attentions, patch_maps, variant, 1)
+            own = oracle.maps(attentions, patch_maps, variant, 1, refine=refine)
             if v:
                 features, own = features[..., ::-1], own[..., ::-1]
             np.testing.assert_allclose(views.features[v, b], features, rtol=0, atol=10 * atol)
@@ -118,7 +121,7 @@ def test_maps_and_lpcams_place_in_them(variant: str, dtype: torch.dtype, atol: f
             for m in range(2):
                 given = np.zeros_like(own)
                 given[[0, 2]] = lpcam[m, b].numpy()[..., :: -1 if v else 1]
-                whole = oracle.maps(attentions, given, variant, 1)[[0, 2]]
+                whole = oracle.maps(attentions, given, variant, 1, refine=refine)[[0, 2]]
                 expected[m, b] += whole[..., :: -1 if v else 1]
     np.testing.assert_allclose(finished, expected, rtol=0, atol=10 * atol)
 
@@ -150,6 +153,11 @@ def test_scores_and_loss(variant: str, dtype: torch.dtype, atol: float) -> None:
             each = [oracle.contrast(layer[:CLASSES], target) for layer in layers]
             expected += sum(each) / DEPTH / 2
     assert float(loss) == pytest.approx(expected, rel=0, abs=10 * atol)
+
+
+def test_maps_that_are_not_refined_are_others_to_the_store() -> None:
+    assert make_host(refine=False).score_key != make_host().score_key
+    assert make_host(refine=False).feature_key == make_host().feature_key
 
 
 def test_v1_is_not_changed_by_the_patch_head_beside_it() -> None:

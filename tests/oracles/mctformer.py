@@ -86,7 +86,12 @@ def convolution(features: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> n
 
 
 def maps(
-    attentions: list[np.ndarray], patch_maps: np.ndarray, variant: str, last: int
+    attentions: list[np.ndarray],
+    patch_maps: np.ndarray,
+    variant: str,
+    last: int,
+    *,
+    refine: bool = True,
 ) -> np.ndarray:
     """The maps of one view from the attention of all layers and rectified maps ``(C, h, w)``.
 
@@ -108,6 +113,8 @@ def maps(
             for j in range(count):
                 affinity = sum(layer[classes + i, classes + j] for layer in attentions)
                 refined[i] += affinity * fused[j]
+        if not refine:
+            refined = fused
         found[c] = (refined - refined.min()).reshape(height, width)
     return found
 
