@@ -3,8 +3,9 @@
 A mask is good where it parts a picture into regions that are each of one colour. So a score is good
 at which the two sides of the strongest map, object and background, leave little variance of colour:
 Otsu's criterion (IEEE Trans. SMC, 1979) over the picture's colours, with the map for what is on
-which side, as in the two-phase model of Chan and Vese (IEEE Trans. Image Processing, 2001). Pictures count alike: each one's curve is divided by its maximum before the mean is taken.
-Without that, few pictures of one colour on another decide.
+which side, as in the two-phase model of Chan and Vese (IEEE Trans. Image Processing, 2001).
+Pictures count alike: each one's curve is divided by its maximum before the mean is taken. Without
+that, few pictures of one colour on another decide.
 
 The curve is flat, and its highest point says little: for maps of one scale it lies at 0. So the
 middle of its upper tenth is taken; experiments/voc_animals.md has what that loses, and what the
