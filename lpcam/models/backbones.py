@@ -293,7 +293,7 @@ def _create(timm_name: str, output_stride: int | None, *, pretrained: bool, **gi
         given["output_stride"] = output_stride
         try:
             return timm.create_model(timm_name, pretrained=pretrained, **given)
-        # A family without the stride refuses it in its own way: an unknown argument, an assertion, ...
+        # A family without the stride refuses it in its own way: unknown argument, assertion, ...
         except (TypeError, AssertionError, NotImplementedError) as error:
             raise InputError(
                 f"segmenter.output_stride={output_stride}: not to be had of {timm_name}; take 32, "
