@@ -24,45 +24,54 @@ LEAST = 0.01  # share of a picture that each side has to have
 UPPER = 0.1  # share of the curve's height within which scores are as good as the best
 
 
-def parting(image: Image.Image, seed: SeedRecord) -> np.ndarray | None:
-    """How well each background score parts a picture's colours, 1 at the best.
+def colours(image: Image.Image, grid: tuple[int, int]) -> np.ndarray:
+    """A picture's colours on the grid of its maps.
 
     Args:
         image: The picture, RGB.
-        seed: Its maps.
+        grid: Rows and columns of the maps.
+
+    Returns:
+        Differences from the mean colour, a column a cell ``(3, h * w)``.
+    """
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).double()
+    found = F.interpolate(pixels[None], grid, mode="bilinear", antialias=True, align_corners=False)
+    cells = found[0].flatten(1)
+    return (cells - cells.mean(1, keepdim=True)).numpy()
+
+
+def parting(cells: np.ndarray, seed: SeedRecord) -> np.ndarray | None:
+    """How well each background score parts a picture's colours, 1 at the best.
+
+    Args:
+        cells: From :func:`colours`.
+        seed: The picture's maps.
 
     Returns:
         :func:`explained_colour` divided by its maximum ``(101,)``; None where nothing is parted.
     """
-    explained = explained_colour(image, seed)
+    explained = explained_colour(cells, seed)
     if explained is None or not explained.any():
         return None
     return explained / explained.max()
 
 
-def explained_colour(image: Image.Image, seed: SeedRecord) -> np.ndarray | None:
+def explained_colour(cells: np.ndarray, seed: SeedRecord) -> np.ndarray | None:
     """Share of a picture's variance of colour that each background score explains.
 
     Args:
-        image: The picture, RGB.
-        seed: Its maps.
+        cells: From :func:`colours`.
+        seed: The picture's maps.
 
     Returns:
         For the scores 0, 0.01, ..., 1 the variance between the two sides as a share of the whole
         ``(101,)``, 0 where one side has nearly nothing; None for a picture without maps or colours.
     """
-    if not len(seed.maps):
-        return None
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).double()
-    colours = F.interpolate(
-        pixels[None], seed.maps.shape[1:], mode="bilinear", antialias=True, align_corners=False
-    )[0].flatten(1)
-    colours -= colours.mean(1, keepdim=True)
-    variance = float((colours**2).sum())
-    if variance == 0:
+    variance = float((cells**2).sum())
+    if not len(seed.maps) or variance == 0:
         return None
     level = _levels(seed)
-    sums = np.stack([np.bincount(level, row, STEPS + 2) for row in colours.numpy()])
+    sums = np.stack([np.bincount(level, row, STEPS + 2) for row in cells])
     inside = _exceeding(level)
     total = sums[:, :0:-1].cumsum(1)[:, ::-1]
     outside = level.size - inside

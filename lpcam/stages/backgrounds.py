@@ -1,5 +1,6 @@
 """Background scores that are chosen without masks."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 
 from lpcam.data.dataset import Picture, fingerprint, open_picture
 from lpcam.seeds.record import read_seed
-from lpcam.seeds.threshold import STEPS, chosen_score, foreground_shares, parting
+from lpcam.seeds.threshold import STEPS, chosen_score, colours, foreground_shares, parting
 from lpcam.storage.arrays import stored
 from lpcam.storage.parallel import for_each
 from lpcam.storage.store import Stage
@@ -46,8 +47,10 @@ def backgrounds(
 
         def look(place: int) -> None:
             image = open_picture(chosen[place].path)
+            cells = functools.cache(functools.partial(colours, image))
             for _, source, rows in todo:
-                found = parting(image, read_seed(source, chosen[place].id))
+                seed = read_seed(source, chosen[place].id)
+                found = parting(cells(seed.maps.shape[1:]), seed)
                 if found is not None:
                     rows[place] = found
 

@@ -38,7 +38,7 @@ def pending(configs: Sequence[DictConfig]) -> list[Planned]:
 
 
 def plan(jobs: Sequence[Planned]) -> None:
-    """Compute features, centres, maps and scores of jobs.
+    """Compute features, centres, maps, scores and background scores of jobs.
 
     Jobs on the same pictures with the same classifier get their maps from one pass over the
     pictures, whatever their prototypes. A job whose settings are wrong is left to fail by itself.
@@ -63,6 +63,10 @@ def plan(jobs: Sequence[Planned]) -> None:
         }
         maps = runs[0].maps(settings)
         scores(runs[0].store, maps, runs[0].dataset)
+        for run in runs:
+            if run.choice.seed_background == "auto":
+                run.backgrounds(maps)  # of all: each picture is opened once for them
+                break
 
 
 def _open(config: DictConfig) -> Planned | None:

@@ -11,6 +11,7 @@ from lpcam.seeds.record import SeedRecord, save_seed
 from lpcam.seeds.threshold import (
     LEAST,
     chosen_score,
+    colours,
     explained_colour,
     foreground_shares,
     parting,
@@ -51,7 +52,7 @@ def test_every_score_against_the_definition():
     image = Image.fromarray(rng.integers(0, 256, (13, 17, 3), np.uint8))
     strongest = rng.random((13, 17)).astype(np.float16).astype(np.float64)
     seed = SeedRecord(np.array([0]), strongest[None].astype(np.float16), (13, 17))
-    found = explained_colour(image, seed)
+    found = explained_colour(colours(image, (13, 17)), seed)
     wanted = [by_definition(image, strongest, score) for score in np.arange(101) / 100]
     np.testing.assert_allclose(found, wanted, atol=1e-12)
 
@@ -63,9 +64,10 @@ def test_the_score_is_found_at_which_the_map_ends_where_the_object_does(border):
     strongest = np.where(
         truth, rng.uniform(border, 1, truth.shape), rng.uniform(0, border, truth.shape)
     )
-    found = chosen_score(parting(image, record(strongest[::4, ::4])))
+    found = chosen_score(parting(colours(image, (15, 20)), record(strongest[::4, ::4])))
     exact = explained_colour(
-        image, SeedRecord(np.array([0]), strongest[None].astype(np.float16), truth.shape)
+        colours(image, truth.shape),
+        SeedRecord(np.array([0]), strongest[None].astype(np.float16), truth.shape),
     )
     assert chosen_score(exact) == pytest.approx(border, abs=0.04)  # the curve falls unevenly
     assert found == pytest.approx(border, abs=0.15)  # of a sixteenth of the map
@@ -82,7 +84,7 @@ def test_the_middle_of_the_nearly_best_is_chosen(good, chosen):
 
 
 def test_nothing_is_said_of_a_picture_without_maps_or_colours():
-    grey = Image.new("RGB", (8, 8), (9, 9, 9))
+    grey = colours(Image.new("RGB", (8, 8), (9, 9, 9)), (2, 2))
     assert explained_colour(grey, record(np.ones((2, 2)))) is None
     empty = SeedRecord(np.zeros(0, np.int64), np.zeros((0, 2, 2), np.float16), (8, 8))
     assert explained_colour(grey, empty) is None
@@ -90,8 +92,9 @@ def test_nothing_is_said_of_a_picture_without_maps_or_colours():
 
 def test_a_map_that_parts_nothing_explains_nothing():
     _, image = scene(np.random.default_rng(2))
-    assert not explained_colour(image, record(np.zeros((15, 20)))).any()
-    assert parting(image, record(np.zeros((15, 20)))) is None
+    cells = colours(image, (15, 20))
+    assert not explained_colour(cells, record(np.zeros((15, 20)))).any()
+    assert parting(cells, record(np.zeros((15, 20)))) is None
 
 
 def test_pictures_count_alike():
@@ -99,8 +102,9 @@ def test_pictures_count_alike():
     truth, image = scene(rng)
     faint = Image.fromarray((100 + np.asarray(image, int) // 20).astype(np.uint8))
     seed = record(np.where(truth, 0.7, 0.2)[::4, ::4])
-    assert explained_colour(faint, seed).max() < explained_colour(image, seed).max()
-    assert parting(faint, seed).max() == parting(image, seed).max() == 1
+    faint_cells, cells = (colours(picture, (15, 20)) for picture in (faint, image))
+    assert explained_colour(faint_cells, seed).max() < explained_colour(cells, seed).max()
+    assert parting(faint_cells, seed).max() == parting(cells, seed).max() == 1
 
 
 def test_shares_are_counted_by_hand():
