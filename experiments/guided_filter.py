@@ -6,12 +6,9 @@ Takes the overrides of ``infer.py``, after its training. He et al., "Guided Imag
 where they do. Every third picture of each split is scored, at the best threshold of each filter.
 """
 
-import os
 import sys
 
 import numpy as np
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from rich.progress import track
 from scipy.ndimage import uniform_filter
 from torch import from_numpy
@@ -19,7 +16,7 @@ from torch import from_numpy
 from lpcam.data.dataset import open_picture
 from lpcam.evaluation import SegmentationScore
 from lpcam.functional import normalize_maps
-from lpcam.programs.folders import CONF, PROJECT
+from lpcam.programs.compose import infer_config
 from lpcam.programs.run import Run
 from lpcam.seeds.record import read_seed
 
@@ -42,12 +39,7 @@ def guided(maps: np.ndarray, grey: np.ndarray, radius: int, regularity: float) -
 
 def main() -> None:
     """Print a table a split."""
-    os.environ["LPCAM_PROJECT"] = str(PROJECT)
-    fixed = ["logger=none", "paths.output=outputs/guided", "inference.propagate=3"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("infer", [*sys.argv[1:], *fixed])
-    OmegaConf.resolve(config)
-    run = Run(config, [])
+    run = Run(infer_config([*sys.argv[1:], "inference.propagate=3"], "outputs/guided"), [])
     settings = {run.titles[name]: run.settings[name] for name in ("lpcam_plain", "lpcam")}
     found = run.maps(settings)
     count = len(run.dataset.classes)

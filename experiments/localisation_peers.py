@@ -7,15 +7,12 @@ packages get the part behind the features as their network, which gives the grad
 would. Prints MaxBoxAccV2 and PxAP on the last of the splits that get maps.
 """
 
-import os
 import sys
 from collections.abc import Callable
 
 import pytorch_grad_cam
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from rich.progress import track
 from torch import Tensor, nn
@@ -25,7 +22,7 @@ from lpcam.data.loaders import normalized, view_loader
 from lpcam.evaluation.localisation import LocalisationCounts, count_pair
 from lpcam.functional import local_prototype_map, normalize_maps
 from lpcam.models.classifier import Classifier
-from lpcam.programs.folders import CONF, PROJECT
+from lpcam.programs.compose import infer_config
 from lpcam.programs.run import Run
 from lpcam.prototypes.maps import Propagation, spread
 
@@ -74,11 +71,7 @@ def of_grad_cam(name: str, tail: Tail) -> Callable[[Tensor, int], Tensor]:
 
 def main() -> None:
     """Print a line for each method."""
-    os.environ["LPCAM_PROJECT"] = str(PROJECT)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("infer", [*sys.argv[1:], "logger=none", "paths.output=outputs/peers"])
-    OmegaConf.resolve(config)
-    run = Run(config, [])
+    run = Run(infer_config(sys.argv[1:], "outputs/peers"), [])
     host, dataset = run.host, run.dataset
     assert isinstance(host, Classifier)
     count, backbone = len(dataset.classes), host.backbone

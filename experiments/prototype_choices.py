@@ -6,7 +6,6 @@ step between positions; every fourth picture of train is scored. Nothing here us
 score. Prints points of mIoU; a second number is the difference to the paper's way.
 """
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from sklearn.cluster import AgglomerativeClustering, KMeans
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -27,7 +24,7 @@ from lpcam.data.dataset import Picture, multi_hot
 from lpcam.data.loaders import normalized, view_loader
 from lpcam.evaluation import SegmentationScore
 from lpcam.functional import class_activation_map, normalize_maps
-from lpcam.programs.folders import CONF, PROJECT
+from lpcam.programs.compose import infer_config
 from lpcam.programs.run import Run
 from lpcam.prototypes.kmeans import spherical_kmeans
 from lpcam.prototypes.selection import class_score
@@ -44,11 +41,7 @@ class Study:
     """
 
     def __init__(self, overrides: list[str]) -> None:
-        os.environ["LPCAM_PROJECT"] = str(PROJECT)
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("infer", [*overrides, "logger=none", "paths.output=outputs/choices"])
-        OmegaConf.resolve(config)
-        self.run = Run(config, [])
+        self.run = Run(infer_config(overrides, "outputs/choices"), [])
         self.pictures = self.run.dataset.pictures(self.run.dataset.prototype_split)
         self.shown = multi_hot(self.pictures, len(self.run.dataset.classes))
         self.features = [self.read(picture) for picture in self.pictures]

@@ -6,11 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
 from experiments.benchmarks.harness import ROOT, Options
-from lpcam.programs.folders import CONF, PROJECT
+from lpcam.programs.compose import infer_config
 from lpcam.programs.run import Run
 
 # Drawn pictures, where the embedded data would take too long.
@@ -59,9 +56,5 @@ def program(name: str, options: Options, *given: str) -> float:
 
 def prepare_features(given: list[str]) -> None:
     """Put the features to cluster into the store, as ``infer.py`` with these overrides would."""
-    os.environ["LPCAM_PROJECT"] = str(PROJECT)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        chosen = [text for text in given if not text.startswith("hydra.")]
-        config = compose("infer", [*chosen, "logger=none", "paths.output=outputs/benchmarks"])
-    OmegaConf.resolve(config)
-    Run(config, given).features  # noqa: B018 - computed where it is read
+    chosen = [text for text in given if not text.startswith("hydra.")]
+    Run(infer_config(chosen, "outputs/benchmarks"), given).features  # noqa: B018 - computed where it is read

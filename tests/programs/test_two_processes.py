@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from lpcam.data.loaders import pooled_loader
 from lpcam.models.backbones import build_backbone
 from lpcam.models.classifier import Classifier
 from lpcam.models.host import load_host
+from lpcam.segmentation.networks import Architecture, build_network
 from tests.conftest import ROOT, TINY, TINY_INFER, TINY_TRAIN, unpacked
 
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
@@ -87,3 +90,43 @@ def test_inference_gives_what_one_process_gives(
     }
     assert len(pictures["one"]) == 24
     assert pictures["one"] == pictures["two"]
+
+
+@pytest.mark.slow
+def test_a_segmentation_network_learns_and_labels_as_in_one_process(tmp_path: Path) -> None:
+    """Crops without padding, so that each process's mean loss counts as many pixels."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    task = ("task=segmentation", "masks=truth", "backbone=timm", "backbone.name=test_resnet")
+    learn = (
+        "backbone.weights=null",
+        "segmenter.crop_scales=[1.0]",
+        "segmenter.crop=96",
+        "segmenter.rates=[1,2]",
+        "segmenter.steps=4",
+        "segmenter.batch_size=4",
+        "dataset.sizes=[112]",
+    )
+    for name, processes in (("one", ()), ("two", TWO)):
+        command("train", tmp_path / name, *task, *learn, *processes)
+    one, two = (
+        load_file(next((tmp_path / name).glob("store/segmenter/*/network.safetensors")))
+        for name in ("one", "two")
+    )
+    pl.seed_everything(0, verbose=False)
+    architecture = Architecture("deeplab_v2", output_stride=16, rates=(1, 2))
+    before = build_network("test_resnet", None, 4, architecture).state_dict()
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)
+    learnt = [key for key, value in one.items() if not torch.equal(value, before[key])]
+    assert 10 < len(learnt) < len(one)  # not the frozen BatchNorm
+    (network,) = tmp_path.glob("one/store/segmenter/*/network.safetensors")
+    for name, processes in (("one", ()), ("two", TWO)):
+        command("infer", tmp_path / name, *task, *learn, *processes, f"ckpt={network}")
+    labels = {
+        name: {path.name: path.read_bytes() for path in (tmp_path / name).glob("infer-*/masks/*")}
+        for name in ("one", "two")
+    }
+    assert len(labels["one"]) == 24
+    assert labels["one"] == labels["two"]
