@@ -3,7 +3,7 @@
 Imports nothing heavy: they are checked before anything else is done.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic
 from omegaconf import DictConfig, OmegaConf
@@ -32,6 +32,7 @@ class Options:
         instances: Tell the objects of a class apart, with displacements that a refiner learns.
         masks: What a segmentation network learns from.
         report: Write the report; None for not in a sweep.
+        save: Whose maps and masks the run's folder gets.
         shown_pictures: Ids of pictures to show in every run.
     """
 
@@ -46,6 +47,7 @@ class Options:
     instances: bool = False
     masks: Text | None = None
     report: bool | None = None
+    save: Literal["all", "shown"] = "all"
     shown_pictures: Names | None = None
 
 

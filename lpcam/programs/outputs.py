@@ -17,7 +17,7 @@ from lpcam.prototypes.prototype_set import SIDES
 from lpcam.prototypes.selection import class_score
 from lpcam.reporting.patches import PrototypeView
 from lpcam.reporting.report import write_report
-from lpcam.reporting.shown import choose_pictures, show
+from lpcam.reporting.shown import choose_pictures, saved_pictures, show
 from lpcam.reporting.tracking import recording, start
 from lpcam.reporting.wandb_content import log_results
 from lpcam.seeds.masks import mark_unsure, seed_mask
@@ -55,7 +55,7 @@ def save(output: Path, cfg: DictConfig, run: Run, results: Results) -> None:
             output,
             results.maps[cfg.refiner.source][split],
             refined.get(split),
-            run.dataset.pictures(split),
+            saved_pictures(run.dataset, split, cfg.shown_pictures, few=cfg.save == "shown"),
             background,
             cfg.thresholds.unsure_band,
         )

@@ -24,7 +24,7 @@ from lpcam.programs.options import options
 from lpcam.programs.setup import Network
 from lpcam.reporting.scores import MaskMethod
 from lpcam.reporting.segmentation import write_segmentation_report
-from lpcam.reporting.shown import choose_pictures, show
+from lpcam.reporting.shown import choose_pictures, saved_pictures, show
 from lpcam.reporting.tracking import recording, start
 from lpcam.reporting.wandb_content import log_results
 from lpcam.segmentation.file import load_network
@@ -264,12 +264,13 @@ def save(output: Path, cfg: DictConfig, run: SegmentationRun, results: Results) 
     write_json(output / "metrics.json", results.metrics)
     shutil.copyfile(run.file, output / NETWORK)
     final = results.methods[results_of(run.testing.crf)[-1]].maps
+    few = cfg.save == "shown" and run.wanted.export is None  # an export is of all
     for split in run.dataset.map_splits:
         targets = [folder]
         if run.wanted.export == "voc":
             targets.append(output / "results" / "VOC2012" / "Segmentation" / f"comp6_{split}_cls")
             targets[-1].mkdir(parents=True, exist_ok=True)
-        for picture in run.dataset.pictures(split):
+        for picture in saved_pictures(run.dataset, split, cfg.shown_pictures, few=few):
             for target in targets:
                 name = f"{picture.id}.png"
                 shutil.copyfile(final[split].folder / name, target / name)

@@ -13,6 +13,7 @@ from lpcam.reporting.scores import Method
 from lpcam.visualize import mask_overlay, to_grey, to_image
 
 COUNT = 4
+SAVED = 6  # pictures of a sweep's gallery, and those that save=shown leaves in a run's folder
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def choose_pictures(
         missing = [name for name in ids if name not in by_id]
         if missing:
             raise InputError(
-                f"shown_pictures: no picture {missing[0]} in the last of dataset.map_splits; "
+                f"shown_pictures, --gallery: no picture {missing[0]} in the split that is shown; "
                 f"give ids such as {next(iter(by_id), 'none')}"
             )
         return [by_id[name] for name in ids]
@@ -69,6 +70,23 @@ def choose_pictures(
         fitting = (picture for picture in left if wanted in (picture.labels or ()))
         chosen.append(next(fitting, left[0]))
     return chosen
+
+
+def saved_pictures(
+    dataset: SegmentationDataset, split: str, ids: Sequence[str] | None, *, few: bool
+) -> Sequence[Picture]:
+    """The pictures of a split whose maps and masks go into a run's folder.
+
+    Args:
+        dataset: The data set.
+        split: The split.
+        ids: Names of the pictures of the last split to show; None to choose.
+        few: Only those to show, not all.
+    """
+    pictures = dataset.pictures(split)
+    if not few:
+        return pictures
+    return choose_pictures(pictures, ids if split == dataset.map_splits[-1] else None, SAVED)
 
 
 def show(

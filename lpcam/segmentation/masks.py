@@ -144,7 +144,8 @@ class PseudoMasks(Masks):
         lacks = missing_files(folder, names)
         if lacks:
             raise InputError(
-                f"masks={self.run}: {lacks}; name the split among dataset.map_splits of that run"
+                f"masks={self.run}: {lacks}; name the split among dataset.map_splits of that run, "
+                "and leave save=shown out"
             )
 
 

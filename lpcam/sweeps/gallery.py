@@ -15,7 +15,7 @@ from lpcam.sweeps.findings import Sweep
 from lpcam.sweeps.jobs import Job, group
 from lpcam.visualize import mask_overlay, to_grey, to_image
 
-MOST_SETTINGS, MOST_PICTURES = 14, 6  # seven refiners on either seed side by side
+MOST_SETTINGS = 14  # seven refiners on either seed side by side
 SIDE = 200  # pixels of a panel
 
 
@@ -52,36 +52,6 @@ def choose_jobs(sweep: Sweep, count: int = MOST_SETTINGS) -> list[Job]:
         nearest = min(chosen, key=lambda job: abs(firsts.index(job) - place))
         chosen[chosen.index(nearest)] = best
     return chosen
-
-
-def gallery_pictures(
-    dataset: SegmentationDataset, split: str, ids: Sequence[str] = (), count: int = MOST_PICTURES
-) -> list[Picture]:
-    """Pictures to show: those named, or in turn the first of each class that is not yet chosen.
-
-    Args:
-        dataset: The data set.
-        split: The split whose pictures are shown.
-        ids: Names of pictures; may be empty.
-        count: How many without names.
-
-    Raises:
-        InputError: The split has no picture of that name.
-    """
-    pictures = dataset.pictures(split)
-    known = {picture.id: picture for picture in pictures}
-    if ids:
-        for name in ids:
-            if name not in known:
-                raise InputError(f"gallery: {split} has no picture {name!r}; name others")
-        return [known[name] for name in ids]
-    chosen: dict[str, Picture] = {}
-    for label in evenly(range(len(dataset.classes)), count):
-        showing = (p for p in pictures if p.id not in chosen and label in (p.labels or ()))
-        chosen |= {picture.id: picture for picture in list(showing)[:1]}
-    rest = [picture for picture in pictures if picture.id not in chosen]
-    chosen |= {picture.id: picture for picture in rest[: max(0, count - len(chosen))]}
-    return list(chosen.values())
 
 
 def make_rows(

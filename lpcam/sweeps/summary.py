@@ -20,10 +20,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from lpcam.data.dataset import SegmentationDataset
+from lpcam.data.files import file_names
 from lpcam.errors import InputError
 from lpcam.reporting.figures import save_png, svg
 from lpcam.reporting.gallery import draw_gallery
 from lpcam.reporting.page import class_colours, data_uri, render
+from lpcam.reporting.shown import SAVED, choose_pictures
 from lpcam.storage.files import write_atomically
 from lpcam.sweeps.charts import charts, named_axes
 from lpcam.sweeps.figures import draw_panels, shorten
@@ -38,7 +40,7 @@ from lpcam.sweeps.findings import (
     no_help,
     noise,
 )
-from lpcam.sweeps.gallery import Row, choose_jobs, gallery_pictures, make_rows
+from lpcam.sweeps.gallery import Row, choose_jobs, make_rows
 from lpcam.sweeps.jobs import DONE, FAILED, MISSING, Job, brief, group, read_jobs
 from lpcam.sweeps.table import computed, job_table, to_csv
 
@@ -189,7 +191,11 @@ def _gallery(
     if data_axes:
         return [], f"The jobs may not show the same pictures: {', '.join(data_axes)} differs."
     try:
-        return make_rows(dataset, gallery_pictures(dataset, sweep.split, ids), jobs), ""
+        pictures = dataset.pictures(sweep.split)
+        if not ids:  # with save=shown the jobs have masks of a few
+            there = file_names(jobs[0].folder / "masks")
+            pictures = [picture for picture in pictures if f"{picture.id}.png" in there]
+        return make_rows(dataset, choose_pictures(pictures, ids or None, SAVED), jobs), ""
     except InputError as error:
         return [], str(error)
 

@@ -23,7 +23,7 @@ from lpcam.seeds.palette import save_mask
 from lpcam.sweeps.charts import charts, evenly
 from lpcam.sweeps.figures import heat_cells, shorten
 from lpcam.sweeps.findings import Sweep, best_in_words, class_ious, command_of, effects, no_help
-from lpcam.sweeps.gallery import choose_jobs, gallery_pictures, make_rows
+from lpcam.sweeps.gallery import choose_jobs, make_rows
 from lpcam.sweeps.jobs import Job, read_jobs
 from lpcam.sweeps.summary import print_summary, write_summary
 from lpcam.sweeps.table import computed, to_csv
@@ -556,19 +556,24 @@ def test_a_mask_that_is_missing_damaged_or_of_another_size_is_left_out(
     assert rows[0].masks[0][1] == 0.5
 
 
-def test_default_pictures_are_of_different_classes(pictures: Folder) -> None:
-    def ids(*names: str, count: int) -> list[str]:
-        return [p.id for p in gallery_pictures(pictures, "val", names, count)]
+def test_the_gallery_shows_pictures_that_have_masks(tmp_path: Path, pictures: Folder) -> None:
+    """With save=shown that are a few."""
+    sweep = tmp_path / "sweep"
+    for override in ("k=1", "k=2"):
+        job = add_job(sweep, override, override, metrics={})
+        add_masks(job, 1)
+        for name in ("p0", "p2"):
+            (job / "masks" / f"{name}.png").unlink()
 
-    assert ids(count=2) == ["p0", "p3"]
-    assert ids(count=6) == ["p0", "p3", "p1", "p2"]
-    assert ids("p2", "p1", count=6) == ["p2", "p1"]
+    text = write(sweep, dataset=pictures).all_text()
+
+    assert [name in text for name in ("p0", "p1", "p2", "p3")] == [False, True, False, True]
 
 
 @pytest.mark.parametrize(
     ("overrides", "settings", "reason"),
     [
-        (["k=1", "k=2"], {"gallery": ["p9"]}, "gallery: val has no picture 'p9'"),
+        (["k=1", "k=2"], {"gallery": ["p9"]}, "no picture p9 in the split that is shown"),
         (["dataset.seed=1", "dataset.seed=2"], {}, "dataset.seed differs"),
         (["k=1", "k=2"], {"dataset": None}, "No data set was given"),
     ],

@@ -137,6 +137,23 @@ def test_a_finished_sweep_returns_at_once_and_an_axis_can_grow(program, copied: 
         assert (copied / "sweep" / name / "DONE.json").stat().st_mtime_ns == written
 
 
+def test_jobs_of_a_large_sweep_leave_files_of_the_shown_pictures(program, copied: Path) -> None:
+    assert sweep(program, copied, *GRID, "save=shown").status == 0
+    for name in jobs(copied):
+        for kind, suffix in (("maps", "npz"), ("masks", "png")):
+            assert len(list((copied / "sweep" / name / kind).glob(f"*.{suffix}"))) == 6 + 6
+    assert (copied / "sweep" / "figures" / "gallery.png").is_file()
+    name, done = min(jobs(copied).items())
+    settings = (copied / "sweep" / name / ".hydra" / "overrides.yaml").read_text()
+    again = [line.removeprefix("- ") for line in settings.splitlines()]
+    again = [word for word in again if not word.startswith(("save=", "paths.root="))]
+    assert program("infer", *again, *at(copied)).status == 0
+    assert len(list((copied / "run" / "masks").glob("*.png"))) == 24
+    for path in (copied / "sweep" / name / "masks").iterdir():
+        assert path.read_bytes() == (copied / "run" / "masks" / path.name).read_bytes()
+    assert json.loads((copied / "run" / "metrics.json").read_text()) == done["metrics"]
+
+
 def test_a_failing_job_stops_no_other_and_is_named(program, copied: Path) -> None:
     outcome = sweep(program, copied, "prototypes.k=2,100000,3", "report=false")
     assert outcome.status == 1
