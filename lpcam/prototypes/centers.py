@@ -229,7 +229,8 @@ def fit_centers(
                 fitted = cluster(features, n, settings)
             except InputError as error:
                 raise InputError(
-                    f"prototypes of class {classes[c]!r}, {SIDES[side]}: {error}"
+                    f"prototypes of class {classes[c]!r}, {SIDES[side]}: {error}, change "
+                    "thresholds.activation or set prototypes.allow_missing=true"
                 ) from error
             centers[c, side, :n], counts[c, side, :n], nearest[c, side, :n] = fitted
 
