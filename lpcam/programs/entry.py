@@ -227,7 +227,7 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror is not None:
         remedy = "check that it is there, and may be read and written"
         if error.errno == errno.ENOSPC:
-            remedy = "free some space, or set paths.root elsewhere"
+            remedy = "free some space, or set paths.root (data, store) or hydra.run.dir elsewhere"
         path = error.filename2 or error.filename  # what is moved goes to the second
         where = "" if path is None else f"{path}: "
         return f"{where}{error.strerror}; {remedy}"

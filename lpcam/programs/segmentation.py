@@ -49,6 +49,7 @@ SHARED = (
     "trainer",
     "paths",
     "seed",
+    "recipe",
     "experiments",
 )
 PSEUDO = "masks"
@@ -109,6 +110,11 @@ def set_up_network(cfg: DictConfig) -> Setup:
         )
     masks = open_masks(wanted.masks, dataset)
     pl.seed_everything(cfg.seed, verbose=False)
+    if backbone.options:
+        raise InputError(
+            f"backbone.options={dict(backbone.options)}: a segmentation network takes none; leave "
+            "them out"
+        )
     network = build_network(backbone.name, backbone.weights, len(dataset.classes), architecture)
     dataset.prepare(labelled=False)
     stage = segmenter_stage(

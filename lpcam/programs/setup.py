@@ -1,6 +1,7 @@
 """Data set and host of a config, before and after training."""
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from lpcam.models.training import MakeTrainer
 from lpcam.programs.build import build, settings
 from lpcam.programs.done import inputs_digest
 from lpcam.programs.entry import command_line
+from lpcam.programs.folders import CONF
 from lpcam.prototypes.centers import Clustering
 from lpcam.prototypes.local_features import Draw
 from lpcam.prototypes.selection import Selection
@@ -232,7 +234,23 @@ def trained(cfg: DictConfig, overrides: Sequence[str]) -> Trained:
     described["trainer"] = {"precision": cfg.trainer.precision}
     del described["paths"]["output"]  # differs between the jobs of a sweep
     described["inputs"] = inputs_digest(described)
-    return _trained(OmegaConf.to_yaml(described), command_line("train", overrides, SHARED))
+    command = command_line("train", _without_sweeps(overrides), SHARED)
+    return _trained(OmegaConf.to_yaml(described), command)
+
+
+def _without_sweeps(overrides: Sequence[str]) -> list[str]:
+    """Overrides without the studies that sweep, since train.py lacks what most of them vary."""
+    kept = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "experiments":
+            files = [CONF.parent / "experiments" / f"{n}.yaml" for n in re.findall(r"\w+", value)]
+            fixed = [f.stem for f in files if f.is_file() and "sweeper:" not in f.read_text()]
+            if fixed:
+                kept.append(f"{key}=[{','.join(fixed)}]")
+        else:
+            kept.append(override)
+    return kept
 
 
 @functools.lru_cache(maxsize=1)

@@ -36,7 +36,8 @@ class Refiner(ABC):
     """Turns the maps of one picture into better class scores.
 
     A subclass keeps its arguments in attributes of the same names: :meth:`inputs` gives them to the
-    store, so that no setting is left out of a result's key. What it loads has names with ``_``.
+    store as a result's key, all but ``source``, ``background`` and ``seed_background``; one that
+    reads the last in :meth:`refine` adds it there. What it loads has names with ``_``.
 
     Args:
         source: Which maps are refined: ``cam`` or ``lpcam``.

@@ -29,6 +29,10 @@ def add_command(commands: Any) -> None:
     command.add_argument("--crf", metavar="NAME", help="dense CRF, such as deeplab")
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def segment(options: argparse.Namespace) -> None:
     """Write ``<picture>.png`` for every picture, a palette PNG: 0 background, class index + 1.
 
@@ -52,8 +56,8 @@ def segment(options: argparse.Namespace) -> None:
     from lpcam.visualize import mask_overlay, to_grey, to_image
 
     given = {"scales": options.scales, "crf": options.crf, "image_prior": options.image_prior}
-    testing = make(Testing, {"flip": True, "merge": "mean", **given}, "--{}".format)
-    check_crf(testing.crf)
+    testing = make(Testing, {"flip": True, "merge": "mean", **given}, _option)
+    check_crf(testing.crf, "--crf", "no --crf")
     names = [path.stem for path in options.pictures]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

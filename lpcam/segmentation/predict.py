@@ -75,14 +75,21 @@ def results_of(crf: str | None) -> tuple[str, ...]:
     return (PLAIN, CRF) if crf else (PLAIN,)
 
 
-def check_crf(crf: str | None) -> None:
+def check_crf(
+    crf: str | None, setting: str = "segmenter.crf", instead: str = "segmenter.crf=null"
+) -> None:
     """Make sure of the CRF's package.
 
+    Args:
+        crf: The name of its parameters, if there is to be one.
+        setting: What the user calls it.
+        instead: What the user may choose in its place.
+
     Raises:
-        InputError: It is missing.
+        InputError: The package is missing.
     """
     if crf:
-        check_backend("pydensecrf", f"segmenter.crf={crf}", "segmenter.crf=null")
+        check_backend("pydensecrf", f"{setting}={crf}", instead)
 
 
 def predict_masks(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lpcam.data.loaders import ViewBatch, normalized
 from lpcam.models.training import polynomial
-from lpcam.refiners.crf import crf_parameters
+from lpcam.refiners.crf import PARAMETERS
 from lpcam.segmentation.crops import Batch, seed_of
 from lpcam.segmentation.loss import Grid, pyramid_loss
 from lpcam.segmentation.networks import SegmentationNetwork
@@ -77,7 +77,8 @@ class Learning:
 
 
 def _known_crf(name: str) -> str:
-    crf_parameters(name, "segmenter.crf")
+    if name not in PARAMETERS:
+        raise ValueError(f"choose from {', '.join(PARAMETERS)}")
     return name
 
 

@@ -224,7 +224,7 @@ def best_in_words(sweep: Sweep) -> str:
 
 
 def command_of(job: Job) -> str:
-    """The command that runs a job alone."""
+    """The command that runs a job again, of a study as a sweep of this job alone."""
     return shlex.join(["python", "infer.py", *job.overrides])
 
 

@@ -139,7 +139,7 @@ def test_weights_from_a_file(folder: Path, tmp_path: Path) -> None:
     [
         ((), ("none.png",), "none.png: not a readable image"),
         ((), ("prototypes.safetensors",), "prototypes.safetensors: not a readable image"),
-        (("--model=resnet1",), ("cat.png",), "backbone.name=resnet1: unknown"),
+        (("--model=resnet1",), ("cat.png",), "--model=resnet1: unknown"),
         (("--prototypes=no",), ("cat.png",), "no: no readable file of prototypes"),
         (("--classes", "dog"), ("cat.png",), "class 'dog': 0 classes are called that"),
         (("--aggregate=median",), ("cat.png",), "aggregate=median: unknown"),

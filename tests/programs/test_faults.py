@@ -237,7 +237,7 @@ def test_a_full_disk(program: Any, small_disk: Any, tree: Path, tmp_path: Path) 
     disk = small_disk(100)
     line = only_line(program("train", *settings, f"paths.store={disk}"))
     assert line.startswith(f"error: {disk}")
-    assert line.endswith(": No space left on device; free some space, or set paths.root elsewhere")
+    assert ": No space left on device; free some space, or set paths.root (data, store)" in line
 
 
 def test_a_full_disk_costs_nothing_once_there_is_room(

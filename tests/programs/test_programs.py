@@ -278,6 +278,16 @@ def test_infer_says_which_command_trains(program, copied: Path) -> None:
     assert "prototypes.k" not in outcome.stderr
 
 
+def test_the_command_that_trains_leaves_out_studies_that_sweep(program, copied: Path) -> None:
+    study = ("experiments=sweep_k", *TINY, *TINY_INFER, "prototypes.k=2,3", "seed=7")
+    folders = (f"paths.root={copied}", f"hydra.sweep.dir={copied / 'sweep'}")
+    outcome = program("infer", *study, *folders)
+    assert outcome.status == 1
+    assert "train it first:  python train.py" in outcome.stderr
+    assert "seed=7" in outcome.stderr
+    assert "experiments" not in outcome.stderr
+
+
 def assert_one_line(outcome, *parts: str) -> None:
     assert outcome.status == 1
     (line,) = outcome.stderr.strip().splitlines()

@@ -110,7 +110,9 @@ def test_a_network_labels_any_picture(made: Path, tmp_path: Path, capsys) -> Non
     assert main(["segment", *pictures, pictures[0], "--network", str(network)]) == 1
     assert "two pictures of that name" in capsys.readouterr().err
     assert main([*command, "--crf", "nice"]) == 1
-    assert "choose from" in capsys.readouterr().err
+    assert "--crf='nice': choose from" in capsys.readouterr().err
+    assert main([*command, "--image-prior", "11"]) == 1
+    assert "--image-prior=11.0: should be less than" in capsys.readouterr().err
     assert main(["segment", *pictures, "--network", pictures[0]]) == 1
     assert "no readable segmentation network" in capsys.readouterr().err
 
