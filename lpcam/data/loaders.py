@@ -88,6 +88,7 @@ def view_loader(
     flip: bool,
     batch_size: int = 1,
     num_workers: int | None = 0,
+    processes: int = 1,
 ) -> DataLoader[ViewBatch]:
     """Load every picture once, at every scale; pictures of equal size share a batch.
 
@@ -98,8 +99,11 @@ def view_loader(
         flip: Whether the mirror images are wanted too.
         batch_size: Pictures a batch at most.
         num_workers: Processes that decode.
+        processes: Processes that share the batches. Each gets one at least, if it is one that
+            another has, too: Lightning refuses to give none.
     """
     batches = _ViewBatches(pictures, num_classes, scales, flip, batch_size)
+    batches.batches += batches.batches[-1:] * (processes - len(batches.batches))
     return DataLoader(
         batches,
         batch_size=None,
@@ -164,10 +168,17 @@ def train_loader(
     batch_size: int,
     shuffle: bool = True,
     num_workers: int | None = 0,
+    processes: int = 1,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Batches of (pictures ``(B, 3, H, W)``, labels ``(B, C)``); an incomplete last one is left."""
+    """Batches of (pictures ``(B, 3, H, W)``, labels ``(B, C)``), see :func:`item_loader`."""
     pairs = _TrainPictures(pictures, num_classes, transform)
-    return item_loader(pairs, batch_size=batch_size, shuffle=shuffle, num_workers=num_workers)
+    return item_loader(
+        pairs,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        num_workers=num_workers,
+        processes=processes,
+    )
 
 
 def item_loader(
@@ -177,21 +188,25 @@ def item_loader(
     shuffle: bool = True,
     num_workers: int | None = 0,
     collate: Callable[..., Any] | None = None,
+    processes: int = 1,
 ) -> DataLoader[Any]:
-    """Batches of a data set's items; of shuffled ones an incomplete last batch is left.
+    """Batches of a data set's items; of shuffled ones an incomplete last batch is left out.
+
+    It is not where there would be no other.
 
     Args:
         items: The data set.
-        batch_size: Items a batch.
+        batch_size: Items a batch of each process.
         shuffle: Whether their order is drawn anew in each epoch.
         num_workers: Processes that make items.
         collate: Makes a batch of a list of items; by default they are stacked.
+        processes: Processes that share the items.
     """
     return DataLoader(
         items,
         batch_size=batch_size,
         shuffle=shuffle,
-        drop_last=shuffle and len(items) >= batch_size,
+        drop_last=shuffle and len(items) >= batch_size * processes,
         **decoders(num_workers),
         collate_fn=collate,
     )

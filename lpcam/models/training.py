@@ -146,7 +146,23 @@ class _RandomNumbers(Callback):
             torch.cuda.set_rng_state(state_dict["cuda"].cpu())
 
 
-def _readable(checkpoint: Path) -> bool:
+class _Metrics(Callback):
+    """Keeps an epoch's metrics in its checkpoint, for a run that was killed after the last."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, float] = {}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.found)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.found = dict(state_dict)
+
+
+def readable(checkpoint: Path) -> bool:
     """Whether a checkpoint is there to go on from; one that was cut or altered is not."""
     if not checkpoint.is_file():
         return False
@@ -197,15 +213,16 @@ def fit(
         every_n_epochs=validate_every,
         save_on_train_epoch_end=True,  # after validation, and nothing is drawn before the next
     )
+    kept = _Metrics()
     trainer = make_trainer(
         max_epochs=epochs,
         check_val_every_n_epoch=validate_every,
         num_sanity_val_steps=0,
         logger=logger or False,
-        callbacks=[checkpoint, _Diverged(lr_setting), _RandomNumbers(), *callbacks],
+        callbacks=[checkpoint, _Diverged(lr_setting), _RandomNumbers(), kept, *callbacks],
     )
     last = folder / "last.ckpt"
-    resume = str(last) if _readable(last) else None
+    resume = str(last) if readable(last) else None
     train, val = loaders(trainer.world_size)
     try:
         trainer.fit(module, train, val, ckpt_path=resume, weights_only=True)
@@ -213,4 +230,4 @@ def fit(
         last.unlink(missing_ok=True)  # nothing good can go on from there
         raise
     trainer.save_checkpoint(last)
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {name: float(value) for name, value in trainer.callback_metrics.items()} or kept.found

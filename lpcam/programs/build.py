@@ -9,7 +9,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from lpcam.errors import InputError
 from lpcam.settings import CHECKED, Text, make, wrong_value
@@ -17,6 +17,13 @@ from lpcam.settings import CHECKED, Text, make, wrong_value
 ALLOWED_MODULES = ("lpcam", "pytorch_lightning")
 FUNCTIONS = ("lpcam.reporting.tracking.wandb_logger",)
 T = TypeVar("T")
+
+
+def _mixed(precision: int | str) -> int | str:
+    """Views are normalised to single precision, which autocast alone takes to another."""
+    if str(precision) not in ("32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed"):
+        raise ValueError("choose 32-true, bf16-mixed or 16-mixed")
+    return precision
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
@@ -31,7 +38,7 @@ class TrainerSettings:
     """
 
     devices: int | Text | tuple[int, ...] = 1
-    precision: int | Text = "32-true"
+    precision: Annotated[int | Text, AfterValidator(_mixed)] = "32-true"
     enable_model_summary: bool = False
     log_every_n_steps: Annotated[int, Field(ge=1)] = 10
 
@@ -91,7 +98,12 @@ def trainer_maker(node: DictConfig) -> Callable[..., Any]:
             names = ", ".join(f"{node._get_full_key(n)}={given[n]}" for n in named or given)
             raise InputError(f"{names}: {line}; trainer=cpu always works") from error
 
-    checked(logger=False, enable_checkpointing=False)  # told before anything is computed
+    from pytorch_lightning.plugins.environments import LightningEnvironment
+
+    trainer = checked(logger=False, enable_checkpointing=False)  # told before anything is computed
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.world_size > 1 and not isinstance(environment, LightningEnvironment):
+        trainer.strategy.setup_environment()  # torchrun or Slurm has started all processes
     return checked
 
 

@@ -113,12 +113,13 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _files(value: Any) -> Iterator[Path]:
     """The files that the texts of a config name, and those in the folders that they name."""
     if isinstance(value, Mapping):
-        for item in value.values():
-            yield from _files(item)
+        for name, item in value.items():
+            if name not in ("_target_", "name", "source"):
+                yield from _files(item)
     elif isinstance(value, list):
         for item in value:
             yield from _files(item)
-    elif isinstance(value, str) and ("/" in value or "." in value):
+    elif isinstance(value, str) and value:
         path = Path(value).expanduser()
         found = sorted(path.iterdir()) if path.is_dir() else [path]
         yield from (file for file in found if file.is_file())

@@ -36,7 +36,7 @@ from lpcam.stages.localisation import localisation
 from lpcam.stages.refined import refined, trained_refiner
 from lpcam.stages.scores import scores
 from lpcam.storage.hashing import digest
-from lpcam.storage.ranks import agree, is_main_process
+from lpcam.storage.ranks import agree, is_main_process, joined
 from lpcam.storage.store import Stage
 
 
@@ -258,7 +258,7 @@ class Run:
         given = self.choice.seed_background
         if given != "auto":
             return dict.fromkeys(maps, given)
-        return agree(self._chosen(maps) if is_main_process() else {})
+        return agree(self._chosen(maps) if is_main_process() or not joined() else {})
 
     def _chosen(self, maps: Mapping[str, Mapping[str, Stage]]) -> dict[str, float]:
         """Background scores chosen from pictures."""
@@ -339,6 +339,7 @@ class Run:
                 {split: maps[name][split].records for split in self.dataset.map_splits},
             )
             for name, title in self.titles.items()
+            if name in maps  # refined ones belong to the main process
         }
         stages = {"features": self.features, "clustering": self._clustered[0]}
         for name, by_split in {**maps, **objects}.items():

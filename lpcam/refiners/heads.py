@@ -234,6 +234,9 @@ class HeadRefiner(TrainedRefiner):
         *,
         num_workers: int | None,
     ) -> None:
+        if (folder / WEIGHTS).is_file():  # an earlier run was killed right after
+            shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+            return
         labels = folder / "labels"
         labels.mkdir(exist_ok=True)
         training = self.training(backbone)

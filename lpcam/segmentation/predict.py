@@ -115,6 +115,7 @@ def predict_masks(
     missing = [p for p in pictures if not (last / f"{p.id}.png").is_file()]
     writer = MaskWriter(folder, missing, testing.crf)
     if missing:
+        trainer = make_trainer(logger=False, callbacks=[writer], enable_checkpointing=False)
         loader = view_loader(
             [replace(picture, labels=()) for picture in missing],
             0,
@@ -122,7 +123,7 @@ def predict_masks(
             flip=False,
             batch_size=testing.test_batch_size,
             num_workers=num_workers,
+            processes=trainer.world_size,
         )
-        trainer = make_trainer(logger=False, callbacks=[writer], enable_checkpointing=False)
         trainer.predict(segmenter.eval(), loader, return_predictions=False)
         trainer.strategy.barrier()

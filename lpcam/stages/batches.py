@@ -103,14 +103,20 @@ def loaders(
             shuffle=False,
             num_workers=num_workers,
         )
+        shared = partial(item_loader, num_workers=num_workers, processes=processes)
         if host.batches == "pairs":
             pairs = PicturePairs(pictures, classes, crop)
-            return item_loader(pairs, batch_size=size // 2, num_workers=num_workers), validation
+            return shared(pairs, batch_size=size // 2), validation
         if host.batches == "seeds":
             seeds = SeededPictures(pictures, classes, host.seeds, crop)
-            return item_loader(seeds, batch_size=size, num_workers=num_workers), None
+            return shared(seeds, batch_size=size), None
         train = train_loader(
-            pictures, classes, augment, batch_size=size, shuffle=True, num_workers=num_workers
+            pictures,
+            classes,
+            augment,
+            batch_size=size,
+            num_workers=num_workers,
+            processes=processes,
         )
         return train, validation
 
@@ -146,7 +152,13 @@ def _from_features(
         if grids:
             pictures = dataset.pictures(dataset.train_split)
             items = FeatureGrids(pictures, len(dataset.classes), partial(read_features, stages[0]))
-            train = item_loader(items, batch_size=size, num_workers=num_workers, collate=_listed)
+            train = item_loader(
+                items,
+                batch_size=size,
+                num_workers=num_workers,
+                collate=_listed,
+                processes=processes,
+            )
         return train, pooled_loader(*pooled[1], batch_size=size, shuffle=False)
 
     return make

@@ -122,7 +122,7 @@ class LPCAMCallback(BasePredictionWriter):
         labels = batch["labels"].bool()
         stages = None
         if self.finer:
-            stages = [read_finer(self.finer, image_id) for image_id in batch["ids"]]
+            stages = [read_finer(self.finer, i).to(pl_module.device) for i in batch["ids"]]
         maps = self.maker(prediction, labels, batch["size"], pl_module.finish, stages)
         if self.kept is not None:
             halves = [views.features.mean(0).half().cpu().numpy() for views in prediction]

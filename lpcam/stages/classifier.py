@@ -119,7 +119,7 @@ def train(
     """
     with stage.build(resume=True, together=True) as folder:
         if folder is None:
-            return trained_metrics(stage)
+            return trained_metrics(stage, dataset)
         metrics = fit(
             make_trainer,
             host,
@@ -131,12 +131,26 @@ def train(
             callbacks=(LearningRateMonitor("step"),) if logger else (),
         )
         if is_main_process():
+            write_json(folder / "validated.json", _validated(dataset))
             write_json(folder / "metrics.json", metrics)
         return metrics
 
 
-def trained_metrics(stage: Stage) -> dict[str, float]:
-    """Metrics of the last epoch of a host that is trained."""
+def trained_metrics(stage: Stage, dataset: SegmentationDataset) -> dict[str, float]:
+    """Metrics of the last epoch of a host that is trained.
+
+    Args:
+        stage: The stage.
+        dataset: The data. Metrics of a validation on other pictures than it has now are left out.
+    """
     with stored(stage.folder / "metrics.json") as path:
         metrics: dict[str, float] = json.loads(path.read_text())
+    validated = stage.folder / "validated.json"
+    if validated.is_file() and json.loads(validated.read_text()) != _validated(dataset):
+        print("Other validation pictures than in the training: scores on them are left out")
+        return {name: value for name, value in metrics.items() if not name.startswith("val/")}
     return metrics
+
+
+def _validated(dataset: SegmentationDataset) -> dict[str, str]:
+    return {"pictures": fingerprint(dataset.pictures(dataset.val_split))}

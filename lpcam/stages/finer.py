@@ -46,15 +46,16 @@ def finer_features(
         missing = [p for p in pictures if records and f"{p.id}.npz" not in records]
         if records and missing:
             backbone = host.backbone
+            trainer = make_trainer(
+                logger=False, callbacks=[_Writer(records)], enable_checkpointing=False
+            )
             loader = view_loader(
                 missing,
                 host.num_classes,
                 scales=[1.0],
                 flip=False,
                 num_workers=num_workers,
-            )
-            trainer = make_trainer(
-                logger=False, callbacks=[_Writer(records)], enable_checkpointing=False
+                processes=trainer.world_size,
             )
             trainer.predict(_Stage(backbone.fused()), loader, return_predictions=False)
             trainer.strategy.barrier()

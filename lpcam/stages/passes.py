@@ -106,6 +106,12 @@ def predict(
     missing = [picture for picture in pictures if not done(picture)]
     if not missing:
         return
+    trainer = make_trainer(
+        logger=False,
+        callbacks=[callback],
+        enable_checkpointing=False,
+        inference_mode=not host.needs_gradients,
+    )
     loader = view_loader(
         missing,
         host.num_classes,
@@ -113,12 +119,7 @@ def predict(
         flip=flip,
         batch_size=batch_size,
         num_workers=num_workers,
-    )
-    trainer = make_trainer(
-        logger=False,
-        callbacks=[callback],
-        enable_checkpointing=False,
-        inference_mode=not host.needs_gradients,
+        processes=trainer.world_size,
     )
     cuda = trainer.strategy.root_device.type == "cuda"
     check_memory(missing, scales, flip=flip, batch_size=batch_size, cuda=cuda)

@@ -26,7 +26,7 @@ from lpcam.stages.centers import centers, prototype_pictures
 from lpcam.stages.features import features
 from lpcam.stages.maps import Inference, maps
 from lpcam.storage.parallel import for_each
-from lpcam.storage.ranks import agree, is_main_process
+from lpcam.storage.ranks import agree, dealt, is_main_process, joined
 from lpcam.storage.records import Records
 from lpcam.storage.store import Stage
 
@@ -114,7 +114,7 @@ def seeds(
         scores = THRESHOLDS["irn" if settings.source == "cam" else "lpcam"]
     else:
         chosen = {}
-        if is_main_process():
+        if is_main_process() or not joined():
             chosen = backgrounds(store, {"": found[train]}, dataset.pictures(train))
         scores = thresholds_around(agree(chosen)[""])
     stages = {}
@@ -129,12 +129,13 @@ def seeds(
         }
         stages[split] = stage = Stage(store, "seeds", inputs)
         with stage.build(resume=True, together=True) as folder:
-            if folder and is_main_process():
+            if folder and (is_main_process() or joined()):
                 label = functools.partial(
                     _label, found[split].records, folder, settings.labels, scores.conf_fg,
                     scores.conf_bg,
                 )  # fmt: skip
-                for_each(label, pictures, f"Seeds of {split}")
+                mine = [pictures[place] for place in dealt(len(pictures))]
+                for_each(label, mine, f"Seeds of {split}")
     return stages
 
 

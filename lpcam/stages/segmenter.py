@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 from lpcam.data.crops import RandomCrop, by_choice
 from lpcam.data.dataset import Picture, SegmentationDataset, fingerprint
 from lpcam.errors import InputError
-from lpcam.models.training import MakeTrainer, fit, per_process
+from lpcam.models.training import MakeTrainer, fit, per_process, readable
 from lpcam.segmentation.crops import MaskedCrops, crop_loader
 from lpcam.segmentation.file import save_network
 from lpcam.segmentation.masks import Masks, usable
@@ -113,6 +113,9 @@ def train(
     with stage.build(resume=True, together=True) as folder:
         if folder is None:
             return trained_metrics(stage)
+        if all((folder / name).is_file() for name in (NETWORK, METRICS)):  # killed right after
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+            return _metrics(folder)
         crops = MaskedCrops(
             usable(masks, dataset.pictures(dataset.train_split)),
             masks,
@@ -157,7 +160,7 @@ def train(
 
 def _rounds_done(checkpoint: Path, learning: Learning) -> int:
     """How many rounds a killed run has finished."""
-    if not checkpoint.is_file():
+    if not readable(checkpoint):
         return 0
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     return int(state["global_step"]) // learning.round_steps
@@ -165,8 +168,12 @@ def _rounds_done(checkpoint: Path, learning: Learning) -> int:
 
 def trained_metrics(stage: Stage) -> dict[str, float]:
     """Metrics of the last steps of a network that is trained."""
-    metrics: dict[str, float] = json.loads((stage.folder / METRICS).read_text())
-    return metrics
+    return _metrics(stage.folder)
+
+
+def _metrics(folder: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads((folder / METRICS).read_text())
+    return found
 
 
 def trained_network(stage: Stage, command: str) -> Path:

@@ -1,7 +1,8 @@
 """The processes of a distributed job: which one this is, and how they keep together.
 
-Lightning starts them, and joins them when its first trainer runs. Before that there is nothing to
-wait for: each process comes by the same way to the trainer that joins them.
+Where Lightning starts them it joins them when its first trainer runs; before that there is nothing
+to wait for, for each process comes by the same way to the trainer that joins them. Those that
+torchrun or Slurm starts are joined at the beginning.
 """
 
 from collections.abc import Callable

@@ -208,12 +208,22 @@ def _sound(path: Path, check: int | None) -> bool:
     """Whether a file holds what was written: by its checksum, or as an ``.npz`` by its own."""
     try:
         if path.suffix == SHARD:
-            return all(map(_whole_archive, shard_files(path)))
+            return all(map(_whole_record, shard_files(path)))
         if path.suffix == ".npz":
             return _whole_archive(path)
         return zlib.crc32(path.read_bytes()) == check
     except Exception:  # of a dozen kinds, from the archive's parts
         return False
+
+
+def _whole_record(file: IO[bytes]) -> bool:
+    """Whether a record is whole: JSON where it is text, else an archive."""
+    start = file.read(1)
+    file.seek(0)
+    if start in (b"[", b"{"):
+        json.load(file)
+        return True
+    return _whole_archive(file)
 
 
 def _whole_archive(file: Path | IO[bytes]) -> bool:

@@ -1,5 +1,6 @@
 """One pass for a grid: what the jobs of a sweep share is computed once, before they start."""
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from lpcam.stages.scores import scores
 
 # A job's config as it will see it, and its overrides: plain values, which another process needs
 # nothing of Hydra's to read.
+FILES = 2**16
 Planned = tuple[DictConfig, list[str]]
 
 
@@ -46,6 +48,7 @@ def plan(jobs: Sequence[Planned]) -> None:
     Args:
         jobs: The jobs that are not done.
     """
+    _allow_files()
     groups: dict[str, list[Run]] = defaultdict(list)
     for config, overrides in jobs:
         try:
@@ -67,6 +70,19 @@ def plan(jobs: Sequence[Planned]) -> None:
             if run.choice.seed_background == "auto":
                 run.backgrounds(maps)  # of all: each picture is opened once for them
                 break
+
+
+def _allow_files() -> None:
+    """Let this process have many files open: the lock of each setting's maps is one."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows, which knows no such limit
+        return
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if most == resource.RLIM_INFINITY else min(FILES, most)
+    if few != resource.RLIM_INFINITY and few < wanted:
+        with contextlib.suppress(ValueError, OSError):  # macOS has a limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _open(config: DictConfig) -> Planned | None:

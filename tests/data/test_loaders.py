@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lpcam.data.crops import RandomCrop, by_long_side
 from lpcam.data.dataset import Picture
@@ -207,3 +208,25 @@ def test_pooled_pairs(shuffle: bool) -> None:
             order.append(number)
     assert sorted(order) == list(range(7))
     assert (order == list(range(7))) is not shuffle
+
+
+def test_every_process_gets_a_batch(pictures: list[Picture]) -> None:
+    loader = view_loader(pictures[:2], CLASSES, scales=[1.0], flip=False, processes=5)
+    assert [batch["ids"] for batch in loader] == [["picture-0"], *[["picture-1"]] * 4]
+    loader = view_loader(pictures, CLASSES, scales=[1.0], flip=False, processes=5)
+    assert len(loader) == 8
+
+
+def test_no_process_is_left_without_a_batch_to_learn_from(pictures: list[Picture]) -> None:
+    def count(processes: int, batch_size: int) -> int:
+        crop = RandomCrop(MEAN, STD, scale=by_long_side((32, 32)), crop=32)
+        size = batch_size // processes
+        made = train_loader(pictures, CLASSES, crop, batch_size=size, processes=processes)
+        assert isinstance(made.dataset, Dataset)
+        share = DistributedSampler(made.dataset, processes, 0)
+        again = DataLoader(made.dataset, size, sampler=share, drop_last=made.drop_last)
+        return len(list(again))
+
+    assert count(1, 16) == 1
+    assert count(2, 12) == 1  # of 4 pictures, where a batch is of 6
+    assert count(2, 6) == 1  # and one of 3 is full

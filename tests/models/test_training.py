@@ -217,3 +217,10 @@ def test_a_killed_training_draws_what_it_would_have_drawn(
     assert found == expected
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_a_training_killed_after_its_last_checkpoint_knows_its_metrics(tmp_path: Path) -> None:
+    both = loaders(validate=True)
+    expected = fit(trainer_maker(), Line(), tmp_path, both, epochs=2)
+    assert fit(trainer_maker(), Line(), tmp_path, both, epochs=2) == expected
+    assert expected.keys() >= {"train/loss", "val/loss"}

@@ -61,6 +61,15 @@ def test_the_same_training_is_not_done_twice(program, copied: Path) -> None:
     assert checkpoint(copied).stat().st_mtime_ns == before
 
 
+def test_scores_on_other_validation_pictures_are_not_told(program, copied: Path) -> None:
+    (picture,) = copied.glob("data/shapes/seed0-*[0-9a-f]/JPEGImages/val_00000.jpg")
+    os.utime(picture, ns=(1, 1))
+    outcome = program("train", *TINY, *TINY_TRAIN, *at(copied, "again"))
+    assert outcome.status == 0
+    assert "Other validation pictures" in outcome.stdout
+    assert set(metrics(copied, "again")) == {"train/loss"}
+
+
 def test_infer_writes_everything_and_scores_it(program, copied: Path) -> None:
     outcome = program("infer", *TINY, *TINY_INFER, *at(copied))
     assert outcome.status == 0, outcome.stderr
@@ -271,7 +280,7 @@ def test_a_failing_training_in_a_sweep_ends_with_status_1(program, tmp_path: Pat
 
 
 def test_infer_says_which_command_trains(program, copied: Path) -> None:
-    precision = "trainer.precision=bf16-true"
+    precision = "trainer.precision=bf16-mixed"
     outcome = program("infer", *TINY, *TINY_INFER, "seed=7", precision, *at(copied))
     assert_one_line(outcome, "no classifier for these settings; train it first:  python train.py")
     assert f"seed=7 {precision}" in outcome.stderr

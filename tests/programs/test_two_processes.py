@@ -78,7 +78,7 @@ def test_inference_gives_what_one_process_gives(
 ) -> None:
     root, _ = trained
     (checkpoint,) = root.glob("store/classifier/*/last.ckpt")
-    options = (*TINY_INFER, f"ckpt={checkpoint}", "prototypes.split=multi_scale")
+    options = (*TINY_INFER, f"ckpt={checkpoint}", "prototypes.split=multi_scale", "refiner=par")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     two = command("infer", tmp_path / "two", *options, *TWO)
@@ -130,3 +130,36 @@ def test_a_segmentation_network_learns_and_labels_as_in_one_process(tmp_path: Pa
     }
     assert len(labels["one"]) == 24
     assert labels["one"] == labels["two"]
+
+
+@pytest.mark.slow
+def test_a_whole_network_learns_in_two_processes(tmp_path: Path) -> None:
+    """Of which timm's own classifier has no part in the loss."""
+    network = ("backbone=timm", "backbone.name=test_resnet", "backbone.weights=null")
+    crops = ("classifier.epochs=2", "classifier.crop=64", "classifier.long_side=[64,96]")
+    found = command("train", tmp_path, "classifier=finetune", *network, *crops, *TWO)
+    assert found.keys() >= {"train/loss", "val/map"}
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_wait_for_each_other(
+    trained: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    """Maps are there, or come from kept features: nothing that Lightning would join them by."""
+    root, _ = trained
+    (checkpoint,) = root.glob("store/classifier/*/last.ckpt")
+    given = (*TINY, *TINY_INFER, f"ckpt={checkpoint}", "report=false", "refiner=par")
+    folders = (f"paths.root={root}", "logger=none")
+    runs = {}
+    for name, processes in (("one", ()), ("two", (*TWO, "prototypes.k=3")), ("again", TWO)):
+        words = [sys.executable, "infer.py"]
+        if processes:
+            words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", words[1]]
+        words += [*given, *folders, *processes, f"hydra.run.dir={tmp_path / name}"]
+        done = subprocess.run(
+            words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=250
+        )
+        assert done.returncode == 0, done.stderr
+        runs[name] = json.loads((tmp_path / name / "metrics.json").read_text())
+    assert runs["again"] == runs["one"]
+    assert runs["two"]["val/cam/miou"] == runs["one"]["val/cam/miou"]

@@ -27,7 +27,7 @@ from lpcam.segmentation.segmenter import (
     probabilities,
     with_image_prior,
 )
-from lpcam.stages.segmenter import segmenter_stage, train
+from lpcam.stages.segmenter import segmenter_stage, train, trained_metrics
 from lpcam.storage.store import Stage
 from tests.oracles.dilated_head import published_rates
 from tests.refiners.learning import Losses, trainer_maker
@@ -166,6 +166,32 @@ def test_a_killed_training_ends_with_the_same_weights(
     assert len(losses.losses) == learning.steps - 4
     for name, value in expected.state_dict().items():
         assert torch.equal(found.state_dict()[name], value), name
+
+
+def test_a_checkpoint_that_was_cut_is_begun_anew(dataset: Shapes, tmp_path: Path, capsys) -> None:
+    whole, network = run(tmp_path / "whole", dataset, LEARNING)
+    with pytest.raises(KilledError):
+        run(tmp_path / "cut", dataset, LEARNING, Kill(7))
+    (last,) = (tmp_path / "cut").glob("segmenter/*/last.ckpt")
+    last.write_bytes(last.read_bytes()[:1000])
+    again, found = run(tmp_path / "cut", dataset, LEARNING)
+    assert "trained anew" in capsys.readouterr().err
+    assert again.key == whole.key
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, network.state_dict()[name]), name
+
+
+def test_a_network_that_was_trained_before_a_kill_is_not_trained_again(
+    dataset: Shapes, tmp_path: Path
+) -> None:
+    stage, _ = run(tmp_path, dataset, LEARNING)
+    metrics = trained_metrics(stage)
+    network = (stage.folder / "network.safetensors").read_bytes()
+    (stage.folder / "manifest.json").unlink()
+    stage.folder.rename(stage.folder.with_name(f"{stage.folder.name}.partial"))
+    again, _ = run(tmp_path, dataset, LEARNING, Kill(1))
+    assert trained_metrics(again) == metrics
+    assert (again.folder / "network.safetensors").read_bytes() == network
 
 
 def key(dataset: Shapes, learning: Learning, **changes: Any) -> str:

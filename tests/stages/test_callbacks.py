@@ -19,8 +19,10 @@ from lpcam.models.backbones import build_backbone
 from lpcam.models.classifier import Classifier
 from lpcam.prototypes.maps import HostViews, MapMaker, MapSetting, lpcam_setting
 from lpcam.prototypes.prototype_set import Prototypes
+from lpcam.stages import callbacks
 from lpcam.stages.callbacks import FeatureCallback, LPCAMCallback
 from lpcam.storage.records import Records
+from lpcam.storage.store import Stage
 from tests.conftest import unpacked
 from tests.oracles import activation, multiscale
 from tests.prototypes.map_cases import CLASSES, Case
@@ -300,3 +302,22 @@ def test_no_number_that_is_none_leaves_a_pass(scene: Scene, value: float, kind: 
     with pytest.raises(InputError, match=r"^(first|second|third|fourth): .*no finite numbers"):
         scene.predict(callback, scales=[1.0], flip=False)
     assert not list(folder.folder.iterdir())
+
+
+def test_the_finer_stage_comes_to_the_device_of_the_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that holds no numbers, for want of another beside the CPU."""
+    monkeypatch.setattr(callbacks, "read_finer", lambda stage, image_id: torch.zeros(4, 8, 8))
+    devices = []
+
+    def maker(prediction, labels, size, finish, stages):
+        devices.extend(stage.device.type for stage in stages)
+        return []
+
+    host = Classifier(build_backbone("test_resnet", None), CLASSES).to("meta")
+    writer = LPCAMCallback(maker, [], finer=Stage(tmp_path, "finer", {}))
+    batch = {"ids": ["a", "b"], "labels": torch.ones(2, CLASSES), "size": (32, 32)}
+    writer.write_on_batch_end(None, host, [], None, batch, 0, 0)
+    writer.on_predict_epoch_end(None, host)
+    assert devices == ["meta", "meta"]

@@ -221,6 +221,19 @@ def test_an_altered_shard_is_found_by_reading(tmp_path: Path, capsys) -> None:
     assert f"{shard}: altered" in capsys.readouterr().err
 
 
+def test_a_shard_of_text_is_sound_until_it_is_cut(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, "instances", {"k": 1})
+    with stage.build() as folder:
+        assert folder
+        for name, text in (("a.json", '[{"label": 3}]'), ("b.json", "[]")):
+            Records(folder).write(name, text.encode())
+    assert main(["store", "verify", "--root", str(tmp_path)]) == 0
+    shard = next(path for path in stage.folder.glob("*.tar") if b"label" in path.read_bytes())
+    shard.write_bytes(shard.read_bytes().replace(b'"label"', b'"label '))
+    with pytest.raises(SystemExit):
+        main(["store", "verify", "--root", str(tmp_path)])
+
+
 @pytest.mark.parametrize("full", [".tar", ".index"])
 def test_a_full_disk_leaves_no_half_record(tmp_path: Path, monkeypatch, full: str) -> None:
     records = Records(tmp_path)
