@@ -16,6 +16,7 @@ from PIL import Image
 from lpcam.__main__ import main
 from lpcam.models.backbones import build_backbone
 from lpcam.models.classifier import Classifier
+from lpcam.programs.done import _files
 from lpcam.stages.classifier import classifier_stage
 from lpcam.storage.store import Stage
 from lpcam.sweeps.jobs import read_jobs
@@ -282,3 +283,12 @@ def test_a_file_of_the_store_that_was_cut_is_made_again(program, root: Path, sta
     assert "Traceback" not in outcome.stderr
     assert "made again" in outcome.stderr
     assert metrics(root) == pytest.approx(before)
+
+
+def test_a_folder_is_looked_at_whatever_its_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("saliency", "lpcam"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(b"")
+    given = {"folder": "saliency", "source": "lpcam", "powers": ["none", 2]}
+    assert list(_files(given)) == [Path("saliency/a.png")]
