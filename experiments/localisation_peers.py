@@ -20,10 +20,11 @@ from torchcam import methods
 
 from lpcam.data.loaders import normalized, view_loader
 from lpcam.evaluation.localisation import LocalisationCounts, count_pair
-from lpcam.functional import local_prototype_map, normalize_maps
+from lpcam.functional import normalize_maps
 from lpcam.models.classifier import Classifier
 from lpcam.programs.compose import infer_config
 from lpcam.programs.run import Run
+from lpcam.prototypes.head import PrototypeHead
 from lpcam.prototypes.maps import Propagation, spread
 
 GRID = 4  # pixels between two positions of the maps that the step is given
@@ -75,7 +76,7 @@ def main() -> None:
     host, dataset = run.host, run.dataset
     assert isinstance(host, Classifier)
     count, backbone = len(dataset.classes), host.backbone
-    directions, step = run.prototypes.directions(), Propagation(3)
+    lpcam_head, step = PrototypeHead(run.prototypes), Propagation(3)
     tail = Tail(host.head).eval()
     makers = {f"torchcam {n}": of_torchcam(n, tail) for n in ("CAM", "GradCAMpp", "LayerCAM")}
     names = ("GradCAM", "GradCAMPlusPlus", "HiResCAM", "XGradCAM", "LayerCAM", "EigenGradCAM")
@@ -84,15 +85,15 @@ def main() -> None:
     totals = {name: LocalisationCounts.zero(count) for name in (*makers, *ours)}
     pictures = dataset.pictures(dataset.map_splits[-1])
     loader = view_loader(pictures, count, scales=[1.0], flip=False)
-    for picture, batch in track(list(zip(pictures, loader, strict=True)), "Pictures"):
+    both = zip(pictures, loader, strict=True)
+    for picture, batch in track(both, "Pictures", total=len(pictures)):
         (image,) = normalized(batch, backbone.mean, backbone.std)["views"]
         with torch.no_grad():
             features, stage = backbone(image), backbone.stage(image)[0]
         mask, boxes = dataset.mask(picture), dataset.boxes(picture)
         size = [-(-side // GRID) for side in batch["size"]]
         for index in picture.labels or ():
-            one = directions[index : index + 1]
-            lpcam = local_prototype_map(features, one).relu()
+            lpcam = lpcam_head.maps(features, torch.tensor([index]))
             whole = normalize_maps(F.interpolate(lpcam, size, mode="bilinear"))[0]
             maps = {name: make(features, index) for name, make in makers.items()}
             maps["CAM"] = host.own_maps(features, torch.tensor([index]))[0, 0].detach()

@@ -46,7 +46,8 @@ def main(folder: Path, overrides: list[str]) -> None:
         pictures = dataset.pictures(dataset.val_split)
         loader = view_loader(pictures, len(dataset.classes), scales=[1.0], flip=False)
         right = wrong = missed = 0
-        for picture, batch in track(list(zip(pictures, loader, strict=True)), "Labels"):
+        both = zip(pictures, loader, strict=True)
+        for picture, batch in track(both, "Labels", total=len(pictures)):
             (image,) = normalized(batch, host.backbone.mean, host.backbone.std)["views"]
             scores = host.score(host.backbone(image).mean((2, 3)))[0]
             chosen = {int(scores.argmax()), *(scores > 0).nonzero()[:, 0].tolist()}

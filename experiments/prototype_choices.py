@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lpcam.data.dataset import Picture, multi_hot
 from lpcam.data.loaders import normalized, view_loader
+from lpcam.errors import InputError
 from lpcam.evaluation import SegmentationScore
 from lpcam.functional import class_activation_map, normalize_maps
 from lpcam.programs.compose import infer_config
@@ -42,6 +43,8 @@ class Study:
 
     def __init__(self, overrides: list[str]) -> None:
         self.run = Run(infer_config(overrides, "outputs/choices"), [])
+        if self.run.clustering.signed != "keep":
+            raise InputError("prototypes.signed: features are compared as they are here; set keep")
         self.pictures = self.run.dataset.pictures(self.run.dataset.prototype_split)
         self.shown = multi_hot(self.pictures, len(self.run.dataset.classes))
         self.features = [self.read(picture) for picture in self.pictures]

@@ -20,6 +20,7 @@ from lpcam.data.cutouts import Cutouts
 from lpcam.data.transforms import normalize
 from lpcam.evaluation import SegmentationScore
 from lpcam.explain.command import load
+from lpcam.programs.build import build
 
 SIZE, FRAMES = (256, 320), 12
 WAYS = {
@@ -42,7 +43,7 @@ def main() -> None:
     cam, backbone = load(
         config.backbone.name, "imagenet", options.ckpt, options.run / "prototypes.safetensors"
     )
-    dataset = Cutouts(config.dataset.root)
+    dataset: Cutouts = build(config.dataset)
     dataset.prepare()
     classes = dataset.classes
     scores = {way: SegmentationScore(len(classes)) for way in WAYS}
@@ -53,7 +54,7 @@ def main() -> None:
         images = torch.stack([normalize(p, backbone.mean, backbone.std) for p in pictures])
         labels = torch.eye(len(classes))[[label] * FRAMES]
         for way, settings in WAYS.items():
-            maps = cam(images, labels, **settings)[:, label]
+            maps = cam(images, labels, **settings)[:, label].cpu()
             for one, mask in zip(maps, masks, strict=True):
                 scores[way].update(one[None], [label], mask)
             kept[way].append((label, maps, masks))

@@ -68,6 +68,7 @@ def local_prototype_map(features: Tensor, directions: Tensor) -> Tensor:
     # vector_norm takes four times as long along the channels.
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
     norm = wide.square().sum(1, keepdim=True).clamp_min(1e-24).sqrt().to(features.dtype)
+    norm = norm.clamp_min(torch.finfo(features.dtype).tiny)
     return F.conv2d(features, directions[:, :, None, None]) / norm
 
 
@@ -121,6 +122,7 @@ def own_prototype_maps(values: Tensor, features: Tensor) -> Tensor:
     unit = F.normalize(features, dim=-3).flatten(-2).to(values.dtype)
     inside = values.flatten(-2)
     here, rest = (F.normalize(weight @ unit.mT, dim=-1) for weight in (inside, 1 - inside))
+    rest = rest * inside.any(-1, keepdim=True)  # of a map of nothing nothing spreads
     return normalize_maps(((here - rest) @ unit).unflatten(-1, features.shape[-2:]))
 
 

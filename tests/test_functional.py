@@ -48,6 +48,15 @@ def test_one_direction_equals_prototype_by_prototype(
     np.testing.assert_allclose(maps.numpy(), expected, rtol=0, atol=atol)
 
 
+def test_a_zero_feature_scores_zero_in_every_precision() -> None:
+    features = torch.ones(1, 3, 1, 2)
+    features[..., 0] = 0
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        maps = local_prototype_map(features.to(dtype), torch.ones(2, 3, dtype=dtype))
+        assert not maps[..., 0].any()
+        assert (maps[..., 1] > 1).all()
+
+
 def test_local_prototype_map_by_hand() -> None:
     own = [torch.tensor([[7.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 5.0]])]
     context = [torch.tensor([[0.0, 9.0]]), torch.empty(0, 2)]

@@ -33,6 +33,14 @@ def test_on_one_grid_it_is_the_formula(sharpness: float, weight: float) -> None:
         torch.testing.assert_close(one, torch.from_numpy(wanted), rtol=1e-10, atol=1e-12)
 
 
+def test_a_map_of_nothing_stays_one_whatever_the_features_signs() -> None:
+    values, features, _ = scene(2)
+    values[1] = 0
+    found = own_prototype_maps(values, features - features.mean((1, 2), keepdim=True))
+    assert found[0].amax() > 0.99
+    assert not found[1].any()
+
+
 def test_own_prototypes_are_the_formula() -> None:
     values, features, stage = scene(1)
     features[:, 0, 0] = 0  # has no direction

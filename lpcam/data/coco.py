@@ -39,6 +39,7 @@ CLASSES = (
     "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors",
     "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
+FAR = 1e6  # pixels; polygons beyond take pycocotools all memory there is
 # COCO's own ids of these 80: ten of the first 90 were never annotated.
 CATEGORY_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 
@@ -148,7 +149,13 @@ class COCO(SegmentationDataset):
         for item in self._annotations(instances, image):
             label = instances.labels.get(item["category_id"])
             if label is not None and not item.get("iscrowd"):
-                left, top, width, height = item["bbox"]
+                try:
+                    left, top, width, height = item["bbox"]
+                except (KeyError, TypeError, ValueError) as error:
+                    raise InputError(
+                        f"{self._file(picture.path.parent.name)}: annotation {item.get('id')} of "
+                        f"{picture.id} has no box; restore the file"
+                    ) from error
                 found.setdefault(label, []).append(
                     (
                         left / image["width"],
@@ -292,10 +299,36 @@ def _open_index(path: Path) -> Any:
         raise InputError(f"{path}: not a readable instances file ({error}); restore it") from error
 
 
+def _runs(code: str) -> list[int]:
+    """The runs that COCO's compressed code stands for, which pycocotools gives to nobody.
+
+    A number is given by five bits a character, the lowest first, with a sixth that tells whether it
+    goes on; from the fourth on it is the difference to the number before the last.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in code:
+        part = ord(character) - 48
+        value |= (part & 31) << shift
+        shift += 5
+        if part & 32:
+            continue
+        if part & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return runs
+
+
 def _region(index: Any, annotation: dict[str, Any], pixels: int) -> np.ndarray:
     """Where an annotation is, ``(H, W)`` of zeros and ones."""
     segmentation = annotation["segmentation"]
-    counts = segmentation["counts"] if isinstance(segmentation, dict) else None
+    counts = None
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        counts = _runs(counts) if isinstance(counts, str) else counts
+    elif not all(abs(value) <= FAR for part in segmentation for value in part):  # NaN neither
+        raise ValueError("a point far outside the picture")
     # pycocotools would fill what runs leave out with whatever the memory holds.
     if isinstance(counts, list) and (sum(counts) != pixels or min(counts) < 0):
         raise ValueError(f"runs of {sum(counts)} pixels, picture of {pixels}")

@@ -193,7 +193,7 @@ class VOC(SegmentationDataset):
         """The objects of an annotation file that give labels."""
         try:
             objects = list(ElementTree.parse(path).iter("object"))
-        except (OSError, ElementTree.ParseError) as error:
+        except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
             raise InputError(f"{path}: not a readable annotation ({error}); restore it") from error
         return [
             item

@@ -387,7 +387,9 @@ class LPCAM:
             full[asked] = normalize_maps(merge_scales(found, (images.shape[2], images.shape[3])))
             if sharpness:
                 used = from_scale_one(added, factors)
-                self._propagate(full, asked, images, used, Propagation(sharpness), frames)
+                step = Propagation(sharpness)
+                with torch.autocast(weight.device.type, enabled=False):
+                    self._propagate(full, asked, images, used, step, frames)
         return maps
 
     def _check_memory(self, asked: Tensor, heads: int, scales: int, size: tuple[int, int]) -> None:

@@ -9,6 +9,7 @@ layer; there the patch tokens beside it are taken, which only approximates the s
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -141,7 +142,8 @@ def find_finer_layer(model: nn.Module, layers: FeatureLayers, images: Tensor) ->
     finally:
         for handle in handles:
             handle.remove()
-    finer = [module for module, height in seen if height >= 2 * rows]
+    runs = Counter(module for module, _ in seen)  # of several, the first would be read
+    finer = [module for module, height in seen if height >= 2 * rows and runs[module] == 1]
     stages = [module for module in finer if next(module.children(), None)]
     if layers.layout != "BDhw" or not finer:
         raise InputError(
@@ -268,7 +270,11 @@ def find_feature_layers(
     calls, scores = _run(model, example, names)
     head = _find_classifier(calls, scores, _named(names, "classifier", classifier))
     layer = _named(names, "target_layer", target_layer)
-    candidates = [call for call in calls if layer in (None, call.module)]
+    # Features are read of a module's last call, so no earlier one may be taken for it.
+    final = {call.module: call for call in calls}
+    candidates = [
+        call for call in calls if final[call.module] is call and layer in (None, call.module)
+    ]
     # The norm between mean and classifier, if there is one, makes the classifier's input.
     norms = [
         call

@@ -48,7 +48,9 @@ def view_features(
         scaled = images
         if scale != 1:
             size = [max(round(side * scale), 1) for side in images.shape[2:]]
-            scaled = F.interpolate(images, size, mode="bilinear", antialias=True)
+            # The CPU resizes nothing in half precision.
+            wide = images.to(torch.promote_types(images.dtype, torch.float32))
+            scaled = F.interpolate(wide, size, mode="bilinear", antialias=True)
         flips = [mirrored for _, mirrored in group]
         features = extract(torch.cat([scaled.flip(3) if flip else scaled for flip in flips]))
         parts = features.chunk(len(flips))

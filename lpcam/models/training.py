@@ -1,11 +1,13 @@
 """What every network that is trained here shares: the schedule, and going on after a kill."""
 
 import math
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
@@ -130,13 +132,19 @@ class _Diverged(Callback):
 
 
 class _RandomNumbers(Callback):
-    """Keeps the state of torch's generators in checkpoints: a resumed training draws on."""
+    """Keeps the state of generators in checkpoints: a resumed training draws on.
+
+    Those of torch, and of Python and NumPy, which timm's augmentations draw from.
+    """
 
     def state_dict(self) -> dict[str, Any]:
         on_gpu = torch.cuda.is_available()
+        kind, numbers, *rest = np.random.get_state()
         return {
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if on_gpu else None,
+            "python": random.getstate(),
+            "numpy": [kind, np.asarray(numbers).tolist(), *rest],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -144,6 +152,10 @@ class _RandomNumbers(Callback):
         torch.set_rng_state(state_dict["cpu"].cpu())
         if state_dict["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state_dict["cuda"].cpu())
+        if "python" in state_dict:  # a checkpoint of an earlier version has none
+            version, numbers, gauss = state_dict["python"]
+            random.setstate((version, tuple(numbers), gauss))
+            np.random.set_state(tuple(state_dict["numpy"]))
 
 
 class _Metrics(Callback):

@@ -55,9 +55,7 @@ class PrototypeHead(nn.Module):
             context if c in self.fitted else context[:0]
             for c, context in enumerate(prototypes.context)
         ]
-        directions = torch.zeros_like(prototypes.directions())
-        directions[self.fitted] = prototypes.directions()[self.fitted]
-        self.register_buffer("directions", directions, persistent=False)
+        self.register_buffer("directions", prototypes.directions(), persistent=False)
 
     def maps(
         self, features: Tensor, classes: Tensor | None = None, aggregate: str = "mean"

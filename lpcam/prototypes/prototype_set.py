@@ -52,9 +52,14 @@ class Prototypes:
         if use not in ("both", *SIDES):
             raise InputError(f"prototypes.use={use}: unknown; choose both, class or context")
         none = [vectors[:0] for vectors in self.foreground]
+        # A class without prototypes of its own has no map, so its context does not count either.
+        context = [
+            found if len(own) or use == "context" else found[:0]
+            for own, found in zip(self.foreground, self.context, strict=True)
+        ]
         return prototype_directions(
             none if use == "context" else self.foreground,
-            none if use == "class" else self.context,
+            none if use == "class" else context,
         )
 
     def __str__(self) -> str:

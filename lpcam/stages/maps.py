@@ -160,7 +160,7 @@ def _inputs(setting: MapSetting, host: Host, inference: Inference) -> dict[str, 
     if setting.mean is not None:
         inputs["mean"] = tensors_digest({"mean": setting.mean})
     if setting.propagation:
-        inputs["propagation"] = asdict(setting.propagation)
+        inputs["propagation"] = {**asdict(setting.propagation), "version": 2}
     return inputs
 
 

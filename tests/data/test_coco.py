@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
+from pycocotools import mask as mask_codes
 from pydantic import ValidationError
 
-from lpcam.data.coco import CLASSES, COCO
+from lpcam.data.coco import CLASSES, COCO, _runs
 from lpcam.data.dataset import Picture
 from lpcam.errors import InputError
 from tests.data.trees import Sample, rectangle, run_lengths, write_coco, write_instances
@@ -371,6 +372,10 @@ def test_an_annotation_of_an_unknown_category_is_refused(tmp_path):
         {"size": [HEIGHT, WIDTH], "counts": [80, 40]},
         {"size": [WIDTH, HEIGHT], "counts": [80, 4]},
         {"counts": [80, 4]},
+        {"size": [HEIGHT, WIDTH], "counts": "52"},  # 7 runs of 84 pixels' code, cut short
+        {"size": [HEIGHT, WIDTH], "counts": "5"},
+        [[0, 0, 4, 0, float("nan"), 3]],
+        [[0, 0, 1e9, 0, 4, 3]],
     ],
 )
 def test_an_outline_that_cannot_be_drawn_is_named(tmp_path, segmentation):
@@ -381,6 +386,24 @@ def test_an_outline_that_cannot_be_drawn_is_named(tmp_path, segmentation):
         coco.mask(picture)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_compressed_code_has_the_runs_it_was_made_of():
+    rng = np.random.default_rng(0)
+    for height, width in rng.integers(1, 90, (60, 2)):
+        region = np.asfortranarray(rng.random((height, width)) < rng.random(), np.uint8)
+        code = mask_codes.encode(region)["counts"].decode()
+        ends = np.flatnonzero(np.diff(np.concatenate([[0], region.ravel(order="F"), [-1]])))
+        assert _runs(code) == np.diff(np.concatenate([[0], ends])).tolist()
+
+
+def test_a_missing_box_is_named(tmp_path):
+    path = write(tmp_path, content(annotation(2, [[1, 1, 6, 1, 6, 4]], number=77)))
+    coco = COCO(tmp_path, tree_classes=NAMES)
+    (picture,) = coco.pictures("train")
+    with pytest.raises(InputError, match="annotation 77 of a has no box") as caught:
+        coco.boxes(picture)
+    assert str(path) in str(caught.value)
 
 
 def test_without_pycocotools_the_remedy_is_named(tmp_path, monkeypatch):

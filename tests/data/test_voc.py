@@ -192,7 +192,16 @@ def test_an_unknown_class_is_named(tree):
     assert VOC(tree, difficult=False).pictures("train")[1].labels == (7,)
 
 
-@pytest.mark.parametrize("text", ["", "<annotation><object>", "nonsense"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<annotation><object>",
+        "nonsense",
+        "<?xml version='1.0' encoding='foo'?><annotation/>",
+        "<?xml version='1.0' encoding='utf-7'?><annotation/>",
+    ],
+)
 def test_a_broken_annotation_is_named(tree, text):
     (tree / "Annotations" / "dot.xml").write_text(text)
     assert "dot.xml: not a readable annotation" in refusal(tree)

@@ -412,9 +412,13 @@ def test_autocast_reaches_the_model_only(resnet: LPCAM) -> None:
     exact = resnet(images, labels)
     with torch.autocast("cpu", torch.bfloat16):
         maps = resnet(images, labels)
+        spread = resnet(images, labels, propagate=3, views=PAPER_VIEWS)
     assert maps.dtype == torch.float32
     difference = (maps - exact).abs().max()
     assert 0 < difference < 0.2  # the model did run in bfloat16
+    exact = resnet(images, labels, propagate=3, views=PAPER_VIEWS)
+    assert spread.dtype == torch.float32
+    assert (spread - exact).abs().mean() < 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -428,6 +432,14 @@ def test_models_of_other_precision(resnet: LPCAM, tmp_path: Path, dtype: torch.d
     torch.testing.assert_close(
         maps.float(), exact, rtol=0, atol=1e-4 if dtype == torch.float64 else 0.2
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pictures_of_half_precision_are_resized(resnet: LPCAM, dtype: torch.dtype) -> None:
+    images, labels = next(random_batches(seed=2))
+    maps = resnet(images.to(dtype), labels, views=PAPER_VIEWS)
+    exact = resnet(images.to(dtype).float(), labels, views=PAPER_VIEWS)
+    torch.testing.assert_close(maps, exact)
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])

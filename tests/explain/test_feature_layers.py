@@ -9,7 +9,12 @@ import torchvision
 from torch import Tensor, nn
 
 from lpcam.errors import InputError
-from lpcam.explain.feature_layers import evaluating, find_feature_layers
+from lpcam.explain.feature_layers import (
+    evaluating,
+    find_feature_layers,
+    find_finer_layer,
+    finer_features,
+)
 
 SIDE = 64
 Build = Callable[[], nn.Module]
@@ -143,6 +148,37 @@ def test_a_layer_that_the_model_changes_in_place_is_read_as_it_was() -> None:
     with torch.no_grad():
         assert found.name == "body"
         assert found.features(model, torch.randn(1, 3, 16, 16)).any()
+
+
+class Branched(nn.Module):
+    """One ReLU for all layers, which an auxiliary branch calls last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.fine = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 1))
+        self.coarse = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.beside = nn.Conv2d(6, 6, 1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.relu(self.coarse(self.relu(self.fine(self.relu(images)))))
+        self.relu(self.beside(features))
+        return self.fc(features.mean((2, 3)))
+
+
+def test_a_module_that_runs_again_is_not_taken_for_its_earlier_call() -> None:
+    torch.manual_seed(0)
+    model, images = Branched().eval(), torch.randn(2, 3, 32, 32)
+    found = find_feature_layers(model, images)
+    with torch.no_grad():
+        features = found.features(model, images)
+        fine = model.relu(model.fine(model.relu(images)))
+        torch.testing.assert_close(features, model.relu(model.coarse(fine)))
+        assert find_finer_layer(model, found, images) is model.fine
+        torch.testing.assert_close(
+            finer_features(model, model.fine, images), model.fine(model.relu(images))
+        )
 
 
 @pytest.mark.parametrize("by_name", [True, False])

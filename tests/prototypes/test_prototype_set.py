@@ -91,6 +91,19 @@ def test_drop() -> None:
     assert_same(example().drop(3, [11], "context").drop(3, [0]).drop(0, [1, 4, 7]), EMPTIED)
 
 
+def test_context_alone_is_no_direction_of_a_class() -> None:
+    vectors = torch.eye(3)
+    found = Prototypes(
+        ("a", "b"),
+        (vectors[:1], vectors[:0]),
+        (vectors[1:2], vectors[1:]),
+        (([0], [0]), ([], [0, 1])),
+    )
+    torch.testing.assert_close(found.directions()[0], vectors[0] - vectors[1])
+    assert not found.directions()[1].any()
+    assert found.directions("context")[1].any()
+
+
 EMPTIED = Prototypes(
     **{
         **vars(example()),
