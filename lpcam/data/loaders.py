@@ -99,8 +99,8 @@ def view_loader(
         flip: Whether the mirror images are wanted too.
         batch_size: Pictures a batch at most.
         num_workers: Processes that decode.
-        processes: Processes that share the batches. Each gets one at least, if it is one that
-            another has, too: Lightning refuses to give none.
+        processes: Processes that share the batches. Where there are fewer batches the last one is
+            given several times, for Lightning refuses to give none.
     """
     batches = _ViewBatches(pictures, num_classes, scales, flip, batch_size)
     batches.batches += batches.batches[-1:] * (processes - len(batches.batches))

@@ -17,8 +17,8 @@ from lpcam.stages.scores import scores
 
 # A job's config as it will see it, and its overrides: plain values, which another process needs
 # nothing of Hydra's to read.
-FILES = 2**16
 Planned = tuple[DictConfig, list[str]]
+FILES = 2**16  # that a plan may have open
 
 
 def pending(configs: Sequence[DictConfig]) -> list[Planned]:
